@@ -1,0 +1,56 @@
+"""Tensors in, tensors out: no state, no Lightning."""
+
+from .advantage import leave_one_out
+from .kl import k3, kl_to_go, log_ratio
+from .logprobs import masked_sum, token_logprobs
+from .loss import policy_gradient_loss
+from .objective import objective, scalarize
+from .pareto import (
+    expected_utility,
+    hypervolume,
+    mean_inner_product,
+    non_dominated,
+    spearman,
+)
+from .simplex import check_alpha, check_weights, sample_weights, simplex_grid
+from .steering import (
+    consistency,
+    cross_fitted_envy,
+    dial_criteria,
+    dial_passes,
+    envy,
+    has_dial,
+    predicted_gain,
+    steering_gain,
+    value_matrix,
+)
+
+__all__ = [
+    "check_alpha",
+    "check_weights",
+    "consistency",
+    "cross_fitted_envy",
+    "dial_criteria",
+    "dial_passes",
+    "envy",
+    "expected_utility",
+    "has_dial",
+    "hypervolume",
+    "k3",
+    "kl_to_go",
+    "leave_one_out",
+    "log_ratio",
+    "masked_sum",
+    "mean_inner_product",
+    "non_dominated",
+    "objective",
+    "policy_gradient_loss",
+    "predicted_gain",
+    "sample_weights",
+    "scalarize",
+    "simplex_grid",
+    "spearman",
+    "steering_gain",
+    "token_logprobs",
+    "value_matrix",
+]
