@@ -1,0 +1,19 @@
+"""Prompts, in batches whose order and position survive a resume."""
+
+from .collate import RESERVED, PromptFormat, check_columns, collate
+from .docstrings import Docstrings
+from .prompts import PromptDataModule, PromptDataset
+from .sampler import BatchKey, PromptLoader, PromptSampler
+
+__all__ = [
+    "RESERVED",
+    "BatchKey",
+    "Docstrings",
+    "PromptDataModule",
+    "PromptDataset",
+    "PromptFormat",
+    "PromptLoader",
+    "PromptSampler",
+    "check_columns",
+    "collate",
+]

@@ -1,0 +1,57 @@
+"""Where rows come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from .docstrings import Docstrings
+
+__all__ = ["has_splits", "load_rows"]
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def has_splits(source: str | Docstrings | Dataset) -> bool:
+    """Whether a split can be chosen: from a folder and a hub data set it can."""
+    return isinstance(source, str) and Path(source).suffix not in _BUILDERS
+
+
+def load_rows(source: str | Docstrings | Dataset, config: str | None, split: str) -> Dataset:
+    """The rows of a source.
+
+    Args:
+        source: See :class:`PromptDataModule`.
+        config: Configuration of a hub data set.
+        split: Split of a folder or hub data set; a file, a Dataset and the docstrings have none.
+
+    Raises:
+        FileNotFoundError: for a file that does not exist.
+        ValueError: naming a source that cannot be read, or a split that it does not have.
+    """
+    if isinstance(source, Dataset):
+        return source
+    if isinstance(source, Docstrings):
+        return source.load()
+    path = Path(source)
+    builder = _BUILDERS.get(path.suffix)
+    if builder is not None:
+        if not path.is_file():
+            raise FileNotFoundError(f"The data file '{source}' does not exist.")
+        return load_dataset(builder, data_files=str(path), split="train")
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = load_from_disk(str(path))
+        if isinstance(saved, DatasetDict):
+            if split not in saved:
+                raise ValueError(f"'{source}' has no split '{split}', only {sorted(saved)}.")
+            return saved[split]
+        return saved
+    try:
+        return load_dataset(source, config, split=split)
+    except Exception as error:
+        raise ValueError(
+            f"Cannot load the data set '{source}' (config {config}, split '{split}'): it is no "
+            "file or folder with data here, and as a name on the hub it gave: "
+            f"{type(error).__name__}: {error}"
+        ) from error
