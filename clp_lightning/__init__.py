@@ -1,0 +1,72 @@
+"""One language model that can be steered between several rewards at inference time.
+
+Names are imported when they are first used, because torch, Lightning and PEFT take seconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AnnealedAlpha": "callbacks",
+    "Brevity": "rewards",
+    "CLPCallback": "callbacks",
+    "CLPModule": "modules",
+    "ClassifierHead": "rewards",
+    "Coefficients": "conditioning",
+    "Conditioner": "conditioning",
+    "Described": "described",
+    "Dirichlet": "callbacks",
+    "Docstrings": "data",
+    "Encoding": "policy",
+    "Engine": "policy",
+    "ExactDataModule": "exact",
+    "ExactFrontCallback": "exact",
+    "ExactReward": "exact",
+    "ExactTask": "exact",
+    "Fixed": "callbacks",
+    "FixedAlpha": "callbacks",
+    "Front": "metrics",
+    "FrontCallback": "callbacks",
+    "Function": "rewards",
+    "Gate": "conditioning",
+    "Grid": "metrics",
+    "LoRA": "conditioning",
+    "LogUniformAlpha": "callbacks",
+    "Plain": "rewards",
+    "Policy": "policy",
+    "PredictionsCallback": "callbacks",
+    "Preference": "types",
+    "Pretrained": "pretrained",
+    "PromptBatch": "types",
+    "PromptDataModule": "data",
+    "Reward": "rewards",
+    "RewardBank": "rewards",
+    "Rollout": "types",
+    "Rouge": "rewards",
+    "SamplesCallback": "callbacks",
+    "Sampling": "policy",
+    "Scaled": "conditioning",
+    "SupervisedModule": "modules",
+    "Support": "rewards",
+    "TransformersEngine": "policy",
+    "UniformAlpha": "callbacks",
+    "UniformGrid": "callbacks",
+    "Vertices": "callbacks",
+    "Weights": "conditioning",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'clp_lightning' has no attribute '{name}'")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,36 @@
+"""``python -m clp_lightning``: the command line."""
+
+from __future__ import annotations
+
+import sys
+
+HELP = """\
+usage: python -m clp_lightning COMMAND [options]
+
+Train one language model that can be steered between several rewards at inference time.
+
+commands:
+  fit        train; sweeps the front at the end and prints `front: <path>`
+  validate   the front of a run on the validation prompts
+  test       the front of a run on the test prompts
+  predict    responses under every preference of the grid, to predictions.jsonl
+
+  python -m clp_lightning COMMAND --help      options of a command
+  python -m clp_lightning fit --config configs/quickstart.yaml
+  python -m clp_lightning fit --config configs/quickstart.yaml --print_config
+"""
+
+
+def run(args: list[str] | None = None) -> None:
+    """Answers ``--help`` before the imports that take seconds, and runs everything else."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return
+    from .cli import main
+
+    main(args)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,73 @@
+"""The command line: fit, validate, test and predict on LightningCLI."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+# Known by their short names in a config: class_path: CLPModule.
+from . import callbacks, conditioning, data, exact, modules, rewards  # noqa: F401
+from .callbacks import FrontCallback
+from .checkpoints import checkpoint_file
+
+__all__ = ["CLI", "main"]
+
+
+class CLI(LightningCLI):
+    """LightningCLI with this library's defaults and, after ``fit``, a full front."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({"seed_everything": 0, "trainer.use_distributed_sampler": False})
+
+    def before_instantiate_classes(self) -> None:
+        """Lets ``--ckpt_path`` name a run folder."""
+        config = self.config.get(self.subcommand, {}) if self.subcommand else {}
+        path = config.get("ckpt_path")
+        if path not in (None, "last", "best", "hpc", "registry"):
+            config["ckpt_path"] = str(checkpoint_file(path))
+
+    def after_fit(self) -> None:
+        """A run that was resumed behind its last step has trained nothing and swept nothing."""
+        fronts = [c for c in self.trainer.callbacks if isinstance(c, FrontCallback)]
+        if fronts and not any(front.path for front in fronts):
+            self.trainer.validate(self.model, datamodule=self.datamodule)
+
+
+class RunConfig(SaveConfigCallback):
+    """Keeps the run's config beside its results; a resumed run may write it again."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "overwrite": True})
+
+
+def main(args: Sequence[str] | None = None, run: bool = True) -> CLI:
+    """Runs the command line.
+
+    Args:
+        args: Arguments without the program's name; those of the process if None.
+        run: With False, nothing runs: ``args`` has no command, and the built model, data and
+            trainer are in the result.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisements)
+    return CLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=RunConfig,
+        seed_everything_default=0,
+        trainer_defaults={"use_distributed_sampler": False},
+        args=None if args is None else list(args),
+        run=run,
+    )
+
+
+def _no_advertisements(record: logging.LogRecord) -> bool:
+    return "💡" not in record.getMessage()

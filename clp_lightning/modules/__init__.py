@@ -1,0 +1,6 @@
+"""LightningModules."""
+
+from .clp import CLPModule, TrainingDiverged
+from .supervised import SupervisedModule
+
+__all__ = ["CLPModule", "SupervisedModule", "TrainingDiverged"]

@@ -1,0 +1,203 @@
+"""What every module of the library shares: hyperparameters, optimizer groups, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from torch import nn
+
+from ..described import Described, describe
+from ..policy import Policy
+from ..pretrained import fingerprint
+
+__all__ = ["PolicyModule"]
+
+_CHECKPOINT_KEY = "clp_lightning"
+
+
+class PolicyModule(Described, LightningModule):
+    """A LightningModule around one policy whose checkpoints hold only what was trained.
+
+    Args:
+        policy: The policy; its weights are created in ``configure_model``.
+        lr: Learning rate of the conditioned parameters.
+        lr_shared: Learning rate of the shared ones; ``lr`` if None.
+        weight_decay: Of all trained parameters. On a delta it is a hidden second KL.
+        warmup_steps: Optimizer steps over which the learning rate rises from 0.
+        optimizer: A torch optimizer class with its further arguments.
+        lr_scheduler: A torch scheduler, stepped once per optimizer step.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        lr: float,
+        lr_shared: float | None,
+        weight_decay: float,
+        warmup_steps: int,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # the frozen base is not in the checkpoint
+        self._record_hyperparameters()
+        self.policy = policy
+        self.lr = lr
+        self.lr_shared = lr if lr_shared is None else lr_shared
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self._base: dict[str, Any] | None = None
+
+    def _record_hyperparameters(self) -> None:
+        """Plain data, so that a checkpoint is read with ``weights_only`` and rebuilds itself."""
+        if _given_hyperparameters.get() is not None:  # from a config: Lightning holds the dicts
+            self.save_hyperparameters()
+        else:
+            plain = describe(self.init_args)
+            self.save_hyperparameters(
+                {**plain, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+            )
+
+    def configure_optimizers(self) -> Any:
+        conditioner = self.policy.conditioner
+        shared = conditioner.shared()
+        ids = {id(parameter) for parameter in shared}
+        trained = self.policy.trained_parameters().values()
+        conditioned = [parameter for parameter in trained if id(parameter) not in ids]
+        groups = [
+            {"params": parameters, "lr": lr, "weight_decay": self.weight_decay, "name": name}
+            for name, parameters, lr in [
+                ("conditioned", conditioned, self.lr),
+                ("shared", shared, self.lr_shared),
+            ]
+            if parameters
+        ]
+        optimizer = self.optimizer(groups)
+        schedulers: list[Any] = []
+        if self.warmup_steps:
+            schedulers.append(
+                torch.optim.lr_scheduler.LinearLR(
+                    optimizer,
+                    start_factor=1 / (self.warmup_steps + 1),
+                    total_iters=self.warmup_steps,
+                )
+            )
+        if self.lr_scheduler is not None:
+            schedulers.append(self.lr_scheduler(optimizer))
+        if not schedulers:
+            return optimizer
+        both = torch.optim.lr_scheduler.ChainedScheduler(schedulers, optimizer=optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": both, "interval": "step"}}
+
+    # -- checkpoints -----------------------------------------------------------------------
+
+    def base_identity(self) -> dict[str, Any]:
+        """Name, revision and fingerprint of the base; computed on rank 0 and cached."""
+        if self._base is None:
+            spec = self.policy.pretrained
+            found = {"name": spec.name, "revision": spec.revision}
+            mark = fingerprint(spec) if self.global_rank == 0 else None
+            if self._trainer is not None and self.trainer.world_size > 1:
+                mark = self.trainer.strategy.broadcast(mark, src=0)
+            self._base = {**found, "fingerprint": mark}
+        return self._base
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be loaded; subclasses add to it."""
+        return {"base": self.base_identity()}
+
+    def kept_state(self) -> Iterator[str]:
+        """Names of the state that checkpoints hold: trained parameters and the buffers of this
+        library (the base's own buffers come with the base)."""
+        yield from (f"policy.{name}" for name in self.policy.trained_parameters())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = set(self.kept_state())
+        checkpoint["state_dict"] = {
+            name: value for name, value in checkpoint["state_dict"].items() if name in kept
+        }
+        checkpoint[_CHECKPOINT_KEY] = self.identity()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another base, other rewards or other trained tensors.
+
+        Raises:
+            ValueError: says what differs.
+        """
+        stored = checkpoint.get(_CHECKPOINT_KEY)
+        if stored is None:
+            raise ValueError(
+                "This checkpoint was not written by clp_lightning; give one of a CLP run."
+            )
+        own = self.identity()
+        for key, value in own.items():
+            self._check_identity(key, stored.get(key), value)
+        kept, found = set(self.kept_state()), set(checkpoint["state_dict"])
+        if missing := sorted(kept - found):
+            raise ValueError(
+                f"The checkpoint lacks {len(missing)} trained tensors of this configuration, "
+                f"first {missing[0]}. Was it trained with another conditioner?"
+            )
+        if extra := sorted(found - kept):
+            raise ValueError(
+                f"The checkpoint holds {len(extra)} tensors that this configuration does not "
+                f"train, first {extra[0]}. Was it trained with another conditioner?"
+            )
+        self._check_shapes(checkpoint["state_dict"])
+
+    def _check_shapes(self, state: dict[str, torch.Tensor]) -> None:
+        own = self.state_dict()
+        for name, value in state.items():
+            if own[name].shape != value.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)} in the checkpoint and "
+                    f"{tuple(own[name].shape)} here. Was it trained with another rank?"
+                )
+
+    @staticmethod
+    def _check_identity(key: str, stored: Any, own: Any) -> None:
+        if key == "base":
+            if stored["fingerprint"] != own["fingerprint"]:
+                raise ValueError(
+                    f"The checkpoint was trained on another base: '{stored['name']}' "
+                    f"(fingerprint {stored['fingerprint'][:12]}); this run has '{own['name']}' "
+                    f"({own['fingerprint'][:12]}). Set `pretrained` to the checkpoint's base."
+                )
+        elif stored != own:
+            raise ValueError(
+                f"The checkpoint has {key} {stored}; this run has {own}. They must be the same, "
+                "in the same order."
+            )
+
+    # -- one optimizer step over ranks and micro-batches ----------------------------------------
+
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Adds up ``values`` over all processes; on one it is the identity."""
+        if self.trainer.world_size == 1:
+            return values
+        reduced = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
+        return reduced.cpu()  # type: ignore[union-attr]
+
+    def scale_gradients(self, nominal: float, counted: float) -> None:
+        """From the mean over ranks and micro-batches of (sum / nominal) to sum / ``counted``.
+
+        Args:
+            nominal: What every micro-batch's sum was divided by.
+            counted: The number to divide by, over all ranks and micro-batches.
+        """
+        trainer = self.trainer
+        factor = nominal * trainer.accumulate_grad_batches * trainer.world_size / max(counted, 1)
+        grads = [p.grad for p in self.own_parameters() if p.grad is not None]
+        if grads and factor != 1:
+            torch._foreach_mul_(grads, factor)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Everything that an optimizer holds."""
+        return list(self.policy.trained_parameters().values())

@@ -1,0 +1,325 @@
+"""CLPModule: one policy trained for every preference, told as a story."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from ..conditioning import Conditioner
+from ..functional.advantage import leave_one_out
+from ..functional.kl import kl_to_go, log_ratio
+from ..functional.logprobs import masked_sum
+from ..functional.loss import policy_gradient_loss
+from ..functional.objective import scalarize
+from ..keyed import resolve_seed
+from ..metrics import Grid
+from ..policy import Encoding, Engine, Policy, Sampling, TransformersEngine
+from ..pretrained import Pretrained
+from ..rewards import Reward, RewardBank, Scores
+from ..types import PromptBatch, Rollout
+from .base import PolicyModule
+from .statistics import fit_statistics
+from .sweep import FrontSweep
+from .tally import Tally
+
+__all__ = ["CLPModule", "TrainingDiverged"]
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is not finite, or the KL passed its bound; the last checkpoint is still good."""
+
+
+class CLPModule(FrontSweep, PolicyModule):
+    """Trains one language model to follow any weighting of K rewards and any KL strength.
+
+    Each step samples responses under the preferences that ``CLPCallback`` attached, scores them,
+    and takes one policy-gradient step on V (DESIGN: section 3). Methods are the named steps of
+    ``training_step``; a subclass overrides one of them alone.
+
+    Args:
+        pretrained: The base and reference: a hub name, a folder or an installed package.
+        conditioner: How (w, alpha) reaches the network.
+        rewards: K rewards by name: objects, functions of TRL's signature, or their import paths.
+        samples_per_prompt: Responses that share a prompt and a preference; at least 2, because
+            the baseline of each is the mean of the others.
+        max_new_tokens: Limit of a response, in tokens.
+        temperature: Sampling temperature of policy and reference alike.
+        rollout_batches: Training batches whose responses are sampled at once.
+        max_prompt_tokens: Limit of a prompt, in tokens.
+        on_long: What happens to a prompt over the limit.
+        chat_template_kwargs: Passed to the model's chat template.
+        truncation_penalty: Taken off every normalised reward of a response that was cut at the
+            limit, in training only.
+        statistics_prompts: Prompts whose reference responses fix the rewards' mean and deviation
+            at the start of ``fit``; 0 leaves the rewards as they are.
+        statistics_samples: Responses to each of them.
+        std_floor: Least deviation a reward is divided by, one for all or by name.
+        on_reward_error: Stop at a reward that fails on a sample, or drop the sample and count it.
+        lr: Learning rate of the copies.
+        lr_shared: Learning rate of the shared part; ``lr`` if None.
+        weight_decay: Weight decay of everything trained; a hidden second KL.
+        warmup_steps: Optimizer steps over which the learning rate rises.
+        optimizer: Optimizer class and its further arguments.
+        lr_scheduler: Scheduler class and its arguments, stepped once per optimizer step.
+        max_kl: Stops the run when the mean KL of a step, in nats per response, is above it.
+        grid: Preferences of the front, at the end of ``fit`` and in ``validate`` and ``test``.
+        small_grid: Preferences of the front during ``fit``; the corners and the centre if None.
+        eval_samples: Responses per prompt and preference of a front.
+        eval_rows: Responses that are sampled at once for a front.
+        reference_point: Of the hypervolume, one number per normalised reward; -1 each if None.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        engine: What samples responses; Transformers' forward if None.
+        seed: Key of all randomness; that of ``seed_everything`` if None.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Pretrained,
+        conditioner: Conditioner,
+        rewards: dict[str, Reward | str],
+        samples_per_prompt: int = 4,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        rollout_batches: int = 1,
+        max_prompt_tokens: int = 512,
+        on_long: Literal["truncate", "error"] = "truncate",
+        chat_template_kwargs: dict[str, Any] | None = None,
+        truncation_penalty: float = 0.0,
+        statistics_prompts: int = 256,
+        statistics_samples: int = 4,
+        std_floor: float | dict[str, float] = 1e-3,
+        on_reward_error: Literal["raise", "drop"] = "raise",
+        lr: float = 1e-4,
+        lr_shared: float | None = None,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        max_kl: float | None = None,
+        grid: Grid | None = None,
+        small_grid: Grid | None = None,
+        eval_samples: int = 1,
+        eval_rows: int = 128,
+        reference_point: list[float] | None = None,
+        gradient_checkpointing: bool = False,
+        engine: Engine | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.seed = resolve_seed(seed)
+        encoding = Encoding(max_prompt_tokens, on_long, chat_template_kwargs)
+        policy = Policy(pretrained, conditioner, encoding, temperature, gradient_checkpointing)
+        super().__init__(
+            policy, lr, lr_shared, weight_decay, warmup_steps, optimizer, lr_scheduler
+        )
+        if samples_per_prompt < 2:
+            raise ValueError(
+                f"samples_per_prompt is {samples_per_prompt}; the leave-one-out baseline of a "
+                "response is the mean of its siblings, so it needs at least 2."
+            )
+        if rollout_batches < 1:
+            raise ValueError(f"rollout_batches must be at least 1; got {rollout_batches}.")
+        self.rewards = RewardBank(rewards, std_floor=std_floor, on_error=on_reward_error)
+        self.samples_per_prompt = samples_per_prompt
+        self.rollout_batches = rollout_batches
+        self.truncation_penalty = truncation_penalty
+        self.statistics_prompts = statistics_prompts
+        self.statistics_samples = statistics_samples
+        self.max_kl = max_kl
+        self.grid = grid or Grid()
+        self.small_grid = small_grid or Grid(divisions=1, alphas=self.grid.alphas)
+        self.grid.preferences(self.rewards.names)  # a wrong name or weight is an early error
+        self.small_grid.preferences(self.rewards.names)
+        self.eval_samples = eval_samples
+        self.eval_rows = eval_rows
+        self.reference_point = reference_point
+        self.engine = engine or TransformersEngine()
+        self.sampling = Sampling(max_new_tokens, temperature, seed=self.seed)
+        self.sampling.check_on_policy()
+        self.tally = Tally()
+        self._generated: Rollout | None = None
+
+    # -- building ---------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        self.policy.build(self.rewards.names, self.seed)
+
+    def on_fit_start(self) -> None:
+        if self.trainer.accumulate_grad_batches % self.rollout_batches:
+            raise ValueError(
+                f"rollout_batches={self.rollout_batches} must divide accumulate_grad_batches="
+                f"{self.trainer.accumulate_grad_batches}: otherwise a response would be trained "
+                "on after the policy that sampled it has moved."
+            )
+        fit_statistics(self, self.statistics_prompts, self.statistics_samples)
+
+    # -- the algorithm ----------------------------------------------------------------------
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
+        rollout = self.rollout(batch)
+        rollout, scores = self.score(rollout)
+        with self.policy.conditioned(rollout.preference):
+            logp = self.policy.logprobs(rollout)  # (B, T)
+        with self.policy.reference():
+            ref_logp = self.policy.logprobs(rollout)  # (B, T)
+        ratio = log_ratio(logp.detach(), ref_logp)
+        signals = self.signals(scores, ratio, rollout)  # (B, T, K + 1)
+        advantage = self.advantage(signals, rollout)  # (B, T)
+        nominal = (batch.nominal_size or len(batch)) * self.samples_per_prompt
+        loss = self.loss(logp, advantage, rollout, num_responses=nominal)
+        self._count(rollout, scores, ratio, logp, loss, nominal)
+        return loss
+
+    def rollout(self, batch: PromptBatch) -> Rollout:
+        """Responses to this step's slice of the batch; sampled with the first slice."""
+        if batch.part == 0 or self._generated is None:
+            self._generated = self.generate(batch)
+        if batch.parts == 1:
+            return self._generated
+        size = (batch.nominal_size or len(batch) // batch.parts) * self.samples_per_prompt
+        start = batch.part * size
+        return self._generated.select(torch.arange(start, min(start + size, len(self._generated))))
+
+    def generate(self, batch: PromptBatch) -> Rollout:
+        """Samples ``samples_per_prompt`` responses to every prompt under its preference."""
+        return self.engine.generate(self.policy, batch, self.samples_per_prompt, self.sampling)
+
+    def score(self, rollout: Rollout) -> tuple[Rollout, Scores]:
+        """The kept responses and their K rewards, raw and normalised."""
+        scores = self.rewards(rollout, trainer_state=self._trainer_state())
+        self.tally.count("dropped", float((~scores.kept).sum()))
+        if scores.kept.all():
+            return rollout, scores
+        return rollout.select(scores.kept), scores.select(scores.kept)
+
+    def signals(self, scores: Scores, ratio: Tensor, rollout: Rollout) -> Tensor:
+        """What each token is held to account for, shape (B, T, K + 1): the normalised rewards of
+        its response, and the KL from it to the end; NaN where a reward did not score."""
+        rewards = self.rewards.normalize(scores.raw).to(ratio)  # (B, K)
+        if self.truncation_penalty:
+            rewards = rewards - self.truncation_penalty * rollout.truncated.to(ratio)[:, None]
+        per_token = rewards.unsqueeze(1).expand(-1, ratio.shape[1], -1)
+        to_go = kl_to_go(ratio, rollout.response_mask)
+        return torch.cat([per_token, to_go.unsqueeze(-1)], dim=-1)
+
+    def advantage(self, signals: Tensor, rollout: Rollout) -> Tensor:
+        """Each signal less the mean of the siblings', then weighted by w and alpha, (B, T)."""
+        centred = leave_one_out(signals, groups=rollout.groups)
+        return scalarize(centred, preference=rollout.preference)
+
+    def loss(
+        self, logp: Tensor, advantage: Tensor, rollout: Rollout, *, num_responses: float
+    ) -> Tensor:
+        """Its gradient is minus an unbiased estimate of V's."""
+        if not len(rollout):  # every sample was dropped; the graph must stay whole for DDP
+            return torch.stack([p.sum() for p in self.own_parameters()]).sum() * 0
+        return policy_gradient_loss(
+            logp, advantage, rollout.response_mask, num_responses=num_responses
+        )
+
+    # -- one optimizer step -----------------------------------------------------------------
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Once per step, before clipping: rescale to the kept responses, rest the idle copies."""
+        step = self.tally.reduce(self.sum_over_ranks)
+        self._check(step)
+        self.scale_gradients(step.pop("nominal"), step.pop("kept"))
+        used = [step.pop(f"used/{i}") > 0 for i in range(len(self.rewards.names) + 1)]
+        self.policy.conditioner.drop_idle_gradients(torch.tensor(used))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.own_parameters() if p.grad is not None])
+        self._log_step(step, float(norm))
+
+    def _check(self, step: dict[str, float]) -> None:
+        """Ends the run on all ranks together, before the weights are touched."""
+        where = self.last_checkpoint()
+        remedy = f"The last good checkpoint is {where}." if where else "No checkpoint was written."
+        if step.pop("not_finite"):
+            raise TrainingDiverged(
+                f"The loss at step {self.global_step} is not finite. {remedy} "
+                "Try a smaller lr, gradient clipping, or bf16 instead of fp16."
+            )
+        if self.max_kl is not None and step.get("kl", 0.0) > self.max_kl:
+            raise TrainingDiverged(
+                f"The KL at step {self.global_step} is {step['kl']:.2f} nats per response, above "
+                f"max_kl={self.max_kl}. {remedy} Try a smaller lr or a larger alpha."
+            )
+
+    def _count(
+        self,
+        rollout: Rollout,
+        scores: Scores,
+        ratio: Tensor,
+        logp: Tensor,
+        loss: Tensor,
+        nominal: int,
+    ) -> None:
+        """Adds one micro-batch to the step's sums."""
+        tally = self.tally
+        tally.count("not_finite", float(not loss.isfinite()))
+        tally.count("kept", len(rollout))
+        tally.add("nominal", torch.tensor(nominal))
+        coefficients = self.policy.conditioner.coefficients(rollout.preference)
+        for i, used in enumerate((coefficients != 0).any(0).tolist()):
+            tally.count(f"used/{i}", float(used))
+        tally.add("loss", loss)
+        kl = masked_sum(ratio, rollout.response_mask)  # (B,)
+        tally.add("kl", kl)
+        tally.add("entropy", -logp, rollout.response_mask)  # its mean is the token entropy
+        tally.add("length", rollout.lengths)
+        tally.add("truncated", rollout.truncated)
+        normalized = self.rewards.normalize(scores.raw).to(kl)
+        signals = torch.cat([normalized, kl.unsqueeze(-1)], dim=-1)
+        tally.add("value", scalarize(signals, preference=rollout.preference))
+        spread = leave_one_out(normalized, groups=rollout.groups).nan_to_num()
+        for i, name in enumerate(self.rewards.names):
+            raw, weight = scores.raw[:, i], rollout.preference.weights[:, i]
+            tally.add(f"reward/{name}", raw)
+            tally.add(f"normalized/{name}", normalized[:, i])
+            tally.add(f"abstained/{name}", raw.isnan())
+            tally.add(f"reward_by_weight/{name}/low", raw, weight.to(raw) < 1 / 3)
+            tally.add(f"reward_by_weight/{name}/high", raw, weight.to(raw) > 2 / 3)
+            tally.add(f"without_spread/{name}", _groups_without_spread(spread[:, i], rollout))
+
+    def _log_step(self, step: dict[str, float], grad_norm: float) -> None:
+        shown = {"value"} | {f"reward/{name}" for name in self.rewards.names}
+        for name, value in {**step, **self.rewards.pop_metrics(), "grad_norm": grad_norm}.items():
+            self.log(f"train/{name}", value, prog_bar=name in shown)
+
+    # -- state ------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "rewards": list(self.rewards.names)}
+
+    def kept_state(self) -> Iterator[str]:
+        yield from super().kept_state()
+        yield from (f"rewards.{name}" for name, _ in self.rewards.named_buffers())
+
+    def last_checkpoint(self) -> str | None:
+        """Where the newest checkpoint of this run lies."""
+        callback = self.trainer.checkpoint_callback
+        path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+        return path or None
+
+    def _trainer_state(self) -> Any:
+        return None if self._trainer is None else TrainerState(self.global_step, self.trainer.max_steps)
+
+
+class TrainerState:
+    """What TRL's rewards may ask of the trainer."""
+
+    def __init__(self, global_step: int, max_steps: int) -> None:
+        self.global_step = global_step
+        self.max_steps = max_steps
+
+
+def _groups_without_spread(centred: Tensor, rollout: Rollout) -> Tensor:
+    """1 for every group whose responses a reward cannot tell apart, shape (G,)."""
+    groups = rollout.groups.to(centred.device)
+    if not len(groups):
+        return centred
+    largest = centred.new_zeros(int(groups.max()) + 1)
+    largest = largest.scatter_reduce(0, groups, centred.abs(), "amax")
+    return (largest <= 1e-6).double()

@@ -1,0 +1,88 @@
+"""Mean and deviation of the rewards on reference responses, measured once and then frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..types import Preference, PromptBatch
+
+if TYPE_CHECKING:
+    from .clp import CLPModule
+
+__all__ = ["fit_statistics"]
+
+# Epochs that no training pass reaches: the draws of statistics and fronts are their own.
+STATISTICS_EPOCH = 2**31
+EVALUATION_EPOCH = 2**31 + 1
+
+
+def uniform_preference(rows: int, num_rewards: int) -> Preference:
+    """A placeholder for rollouts of the reference, which no preference changes."""
+    return Preference(torch.full((rows, num_rewards), 1 / num_rewards), torch.ones(rows))
+
+
+def fit_statistics(module: CLPModule, prompts: int, samples: int) -> None:
+    """Fits ``module.rewards`` to reference responses, unless it is fitted already.
+
+    Args:
+        module: Its trainer is set up.
+        prompts: Number of prompts over all ranks; 0 leaves the rewards as they are.
+        samples: Responses to each.
+    """
+    if module.rewards.fitted:
+        return
+    if prompts == 0:
+        module.rewards.leave_unnormalized()
+        return
+    world_size = module.trainer.world_size
+    raw = []
+    with module.policy.reference():
+        for batch in _first(_batches(module, prompts), -(-prompts // world_size)):
+            rollout = module.engine.generate(module.policy, batch, samples, module.sampling)
+            raw.append(module.rewards(rollout).raw)
+    if not raw:
+        raise ValueError("There is no prompt to measure the rewards' statistics on.")
+    scores = torch.cat(raw)
+    if world_size > 1:
+        gathered: list[torch.Tensor] = [torch.empty(0)] * world_size
+        torch.distributed.all_gather_object(gathered, scores.cpu())
+        scores = torch.cat(gathered)
+    module.rewards.fit(scores)
+
+
+def _batches(module: CLPModule, prompts: int) -> Iterable[PromptBatch]:
+    """Training prompts of this rank, without moving the training loader's position."""
+    trainer = module.trainer
+    data = getattr(trainer, "datamodule", None)
+    if hasattr(data, "statistics_batches"):
+        return data.statistics_batches(prompts)
+    source = trainer.fit_loop._data_source if trainer.training else None
+    loader = source.instance if source is not None else None
+    if loader is None:
+        loaders = trainer.val_dataloaders or trainer.test_dataloaders
+        loader = loaders[0] if isinstance(loaders, list) else loaders
+    if hasattr(loader, "train_dataloader"):
+        loader = loader.train_dataloader()
+    if loader is None or not hasattr(loader, "__iter__"):
+        raise ValueError(
+            "There are no prompts to measure the rewards' statistics on. Load a trained "
+            "checkpoint, pass a PromptDataModule, or set statistics_prompts=0."
+        )
+    return loader
+
+
+def _first(batches: Iterable[PromptBatch], prompts: int) -> Iterator[PromptBatch]:
+    """Batches of ``prompts`` prompts in all, ready for the reference to answer."""
+    left = prompts
+    for batch in batches:
+        if left <= 0:
+            return
+        if batch.part:
+            continue  # the same prompts once more, for another slice
+        batch = batch.select(range(min(left, len(batch))))
+        left -= len(batch)
+        yield replace(batch, epoch=STATISTICS_EPOCH, parts=1, part=0)

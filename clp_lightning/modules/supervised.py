@@ -1,0 +1,171 @@
+"""SupervisedModule: the reference policy, from (prompt, response) pairs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch import Tensor
+
+from ..conditioning import Conditioner, LoRA, Unconditioned
+from ..functional.logprobs import masked_sum
+from ..keyed import resolve_seed
+from ..policy import Encoding, Policy
+from ..policy.encoding import pad
+from ..pretrained import Pretrained, load_model
+from ..types import Preference, PromptBatch, Rollout
+from .base import PolicyModule
+from .tally import Tally
+
+__all__ = ["SupervisedModule"]
+
+
+class SupervisedModule(PolicyModule):
+    """Finetunes a language model on responses and writes a plain Hugging Face folder.
+
+    The loss is the mean over response tokens (the stop token included) of the whole batch, over
+    all ranks and accumulated batches. LoRA adapters are merged on saving. The folder,
+    ``<trainer.log_dir>/base``, is a base for ``CLPModule(pretrained=...)``.
+
+    Args:
+        pretrained: The base: a hub name, a folder or an installed package.
+        response_column: Column of the data with the response.
+        lora_rank: Rank of a LoRA on all linear layers but the output; 0 trains every parameter.
+        max_prompt_tokens: Limit of a prompt, in tokens.
+        max_response_tokens: Longer responses are cut, and then have no stop token.
+        on_long: What happens to a prompt over the limit.
+        chat_template_kwargs: Passed to the model's chat template.
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        warmup_steps: Optimizer steps over which the learning rate rises.
+        optimizer: Optimizer class and its further arguments.
+        lr_scheduler: Scheduler class and its arguments, stepped once per optimizer step.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        seed: Key of the initial adapter; that of ``seed_everything`` if None.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Pretrained,
+        response_column: str = "completion",
+        lora_rank: int = 16,
+        max_prompt_tokens: int = 512,
+        max_response_tokens: int = 128,
+        on_long: Literal["truncate", "error"] = "truncate",
+        chat_template_kwargs: dict[str, Any] | None = None,
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        gradient_checkpointing: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        conditioner: Conditioner = Unconditioned()
+        if lora_rank:
+            conditioner = LoRA(shared_rank=lora_rank, shared_targets="all-linear")
+        encoding = Encoding(max_prompt_tokens, on_long, chat_template_kwargs)
+        policy = Policy(
+            pretrained, conditioner, encoding, gradient_checkpointing=gradient_checkpointing
+        )
+        super().__init__(policy, lr, None, weight_decay, warmup_steps, optimizer, lr_scheduler)
+        self.response_column = response_column
+        self.max_response_tokens = max_response_tokens
+        self.seed = resolve_seed(seed)
+        self.tally = Tally()
+
+    def configure_model(self) -> None:
+        self.policy.build([], self.seed)  # no rewards: only what all preferences share
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
+        logp, mask = self._logprobs(batch)
+        self.tally.add("loss", -logp, mask)
+        self.tally.count("tokens", float(mask.sum()))
+        # Any constant will do: the gradient is rescaled to the mean over all tokens below.
+        loss: Tensor = -masked_sum(logp, mask).sum() / self._nominal
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        step = self.tally.reduce(self.sum_over_ranks)
+        self.scale_gradients(self._nominal, step.pop("tokens"))
+        self.log("train/loss", step["loss"], prog_bar=True)
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        logp, mask = self._logprobs(batch)
+        self.tally.add("loss", -logp, mask)
+
+    def on_validation_epoch_end(self) -> None:
+        step = self.tally.reduce(self.sum_over_ranks)
+        self.log("val/loss", step["loss"], prog_bar=True)
+
+    def on_train_end(self) -> None:
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "base"
+        self.save(folder)
+        rank_zero_info(f"base: {folder}")
+
+    @rank_zero_only
+    def save(self, folder: str | Path) -> None:
+        """Writes the trained model, adapters merged, with its tokenizer; replaces ``folder``."""
+        folder, partial = Path(folder), Path(f"{folder}.partial")
+        plain = load_model(self.policy.pretrained)
+        plain.load_state_dict(self.policy.conditioner.fold(_unconditional(1)))
+        shutil.rmtree(partial, ignore_errors=True)
+        plain.save_pretrained(partial)
+        self.policy.tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+
+    _nominal = 1.0
+
+    def _logprobs(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the responses and their mask, shape (B, T)."""
+        rollout = self.encode(batch)
+        with self.policy.conditioned(rollout.preference):
+            return self.policy.logprobs(rollout), rollout.response_mask
+
+    def encode(self, batch: PromptBatch) -> Rollout:
+        """The data's responses in the form of a rollout.
+
+        Raises:
+            ValueError: where the response column is missing.
+        """
+        if self.response_column not in batch.columns:
+            raise ValueError(
+                f"The data has no column '{self.response_column}' to learn from; it has "
+                f"{sorted(batch.columns)}. Set response_column."
+            )
+        responses = [str(response) for response in batch.columns[self.response_column]]
+        policy = self.policy
+        input_ids, prompt_mask = policy.encode(batch.prompts)
+        tokens = [
+            [*policy.tokenizer(text, add_special_tokens=False)["input_ids"], *policy.stop_ids[:1]]
+            for text in responses
+        ]
+        kept = [row[: self.max_response_tokens] for row in tokens]
+        response_ids, mask = pad(kept, policy.pad_id, side="right")
+        device = input_ids.device
+        rows = torch.arange(len(batch), device=device)
+        return Rollout(
+            prompts=batch.prompts,
+            prompt_ids=batch.prompt_ids,
+            groups=rows,
+            sample=torch.zeros_like(rows),
+            preference=_unconditional(len(batch)).to(device),
+            input_ids=input_ids,
+            prompt_mask=prompt_mask,
+            response_ids=response_ids.to(device),
+            response_mask=mask.to(device),
+            completions=responses,
+            truncated=torch.tensor([len(a) < len(b) for a, b in zip(kept, tokens, strict=True)]),
+            columns=batch.columns,
+        )
+
+
+def _unconditional(rows: int) -> Preference:
+    """No rewards and alpha = 0: the shared part's coefficient is 1."""
+    return Preference(torch.empty(rows, 0), torch.zeros(rows))

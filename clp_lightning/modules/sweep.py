@@ -1,0 +1,174 @@
+"""The sweep over a grid of preferences: validate, test and predict."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from ..functional.kl import log_ratio
+from ..functional.logprobs import masked_sum
+from ..metrics import Front, FrontReport
+from ..types import Preference, PromptBatch, Rollout
+from .statistics import EVALUATION_EPOCH, fit_statistics, uniform_preference
+
+if TYPE_CHECKING:
+    from ..metrics import Grid
+    from ..policy import Engine, Policy, Sampling
+    from ..rewards import RewardBank
+
+__all__ = ["FrontSweep"]
+
+REFERENCE = -1
+
+
+class FrontSweep(LightningModule):
+    """The evaluation half of ``CLPModule``: every prompt under every preference of a grid.
+
+    Attributes:
+        full_grid: Use ``grid`` rather than ``small_grid`` during ``fit``.
+        front_report: The newest front.
+    """
+
+    policy: Policy
+    rewards: RewardBank
+    engine: Engine
+    sampling: Sampling
+    grid: Grid
+    small_grid: Grid
+    eval_samples: int
+    eval_rows: int
+    statistics_prompts: int
+    statistics_samples: int
+    reference_point: list[float] | None
+    full_grid: bool = False
+    front_report: FrontReport | None = None
+    front: Front
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """Under which decoding fronts are measured."""
+        return self.sampling.to_dict()
+
+    @property
+    def eval_preferences(self) -> Preference:
+        """The grid in use, G rows."""
+        in_fit = self.trainer.state.fn == "fit" and not self.full_grid
+        grid = self.small_grid if in_fit else self.grid
+        return grid.preferences(self.rewards.names)
+
+    # -- hooks --------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        fit_statistics(self, self.statistics_prompts, self.statistics_samples)  # type: ignore[arg-type]
+        self.front = Front(self.rewards.names, self.eval_preferences, self.reference_point)
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        for rollout, point in self.sweep(batch, with_reference=True):
+            self._add(rollout, point)
+
+    def on_validation_epoch_end(self) -> None:
+        self.front_report = self.front.compute()
+        for name, value in self.front_report.scalars().items():
+            self.log(f"val/{name}", value, prog_bar=name == "value")
+
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.front_report = self.front.compute()
+        for name, value in self.front_report.scalars().items():
+            self.log(f"test/{name}", value)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One record per response: what was asked, under which preference, and the answer."""
+        records = []
+        for rollout, _ in self.sweep(batch, with_reference=False):
+            raw = self.rewards(rollout).raw
+            for row in range(len(rollout)):
+                records.append(self._record(rollout, raw[row], row))
+        return records
+
+    # -- the sweep ----------------------------------------------------------------------------
+
+    def sweep(self, batch: PromptBatch, *, with_reference: bool) -> list[tuple[Rollout, Tensor]]:
+        """Responses to every prompt under every preference of the grid.
+
+        All points draw with the same uniform numbers, so that differences between them are the
+        policy's.
+
+        Returns:
+            Pairs of a rollout and the point of each of its rows (-1 = the reference), shape (B,).
+        """
+        grid = self.eval_preferences
+        batch = replace(batch, epoch=EVALUATION_EPOCH, part=0, parts=1)
+        done = [self._respond(batch, grid, REFERENCE)] if with_reference else []
+        prompts = [row for row in range(len(batch)) for _ in range(len(grid))]
+        points = list(range(len(grid))) * len(batch)
+        size = max(1, self.eval_rows // self.eval_samples)
+        for start in range(0, len(prompts), size):
+            rows = slice(start, start + size)
+            done.append(self._respond(batch.select(prompts[rows]), grid, points[rows]))
+        return done
+
+    def _respond(
+        self, batch: PromptBatch, grid: Preference, points: list[int] | int
+    ) -> tuple[Rollout, Tensor]:
+        if isinstance(points, int):
+            preference = uniform_preference(len(batch), grid.num_rewards).to(self.device)
+            asked = replace(batch, preference=preference)
+            with self.policy.reference():
+                rollout = self.engine.generate(
+                    self.policy, asked, self.eval_samples, self.sampling
+                )
+            return rollout, torch.full((len(rollout),), points)
+        asked = replace(batch, preference=grid[torch.tensor(points)].to(self.device))
+        rollout = self.engine.generate(self.policy, asked, self.eval_samples, self.sampling)
+        return rollout, torch.tensor(points)[rollout.groups.cpu()]
+
+    def _add(self, rollout: Rollout, point: Tensor) -> None:
+        scores = self.rewards(rollout)
+        ratio = torch.zeros(len(rollout))
+        if int(point[0]) != REFERENCE:
+            with self.policy.reference():
+                ref_logp = self.policy.logprobs(rollout)
+            ratio = masked_sum(log_ratio(self._logprobs(rollout), ref_logp), rollout.response_mask)
+        kept = scores.kept.cpu()
+        self.front.update(
+            point=point[kept],
+            prompt_ids=rollout.prompt_ids[kept],
+            sample=rollout.sample[kept],
+            rewards=scores.raw.cpu()[kept],
+            normalized=self.rewards.normalize(scores.raw).cpu()[kept],
+            log_ratio=ratio.cpu()[kept],
+            length=rollout.lengths.cpu()[kept],
+            truncated=rollout.truncated.cpu()[kept],
+        )
+
+    def _logprobs(self, rollout: Rollout) -> Tensor:
+        """Of the distribution that was sampled from: the sampler's own where it kept them."""
+        if rollout.logp is not None:
+            return rollout.logp
+        with torch.no_grad(), self.policy.conditioned(rollout.preference):
+            return self.policy.logprobs(rollout)
+
+    def _record(self, rollout: Rollout, raw: Tensor, row: int) -> dict[str, Any]:
+        names = self.rewards.names
+        weights = rollout.preference.weights[row].tolist()
+        scores = [None if value != value else value for value in raw.tolist()]
+        return {
+            "prompt_id": int(rollout.prompt_ids[row]),
+            "sample": int(rollout.sample[row]),
+            "prompt": rollout.prompts[row],
+            "completion": rollout.completions[row],
+            "weights": dict(zip(names, weights, strict=True)),
+            "alpha": float(rollout.preference.alpha[row]),
+            "truncated": bool(rollout.truncated[row]),
+            "rewards": dict(zip(names, scores, strict=True)),
+        }

@@ -1,0 +1,8 @@
+"""Torch modules that know no Trainer: the policy, its sampler, its scorer."""
+
+from .encoding import Encoding
+from .policy import Policy
+from .rollout import Engine, TransformersEngine
+from .sampling import Sampling
+
+__all__ = ["Encoding", "Engine", "Policy", "Sampling", "TransformersEngine"]

@@ -1,0 +1,191 @@
+"""The policy: a language model and its conditioner. The reference is the same network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import pretrained as pretrained_models
+from ..conditioning import Conditioner
+from ..pretrained import Pretrained
+from ..types import Preference, Prompt, Rollout
+from .encoding import Encoding, pad
+from .scoring import score_full, score_shared
+
+__all__ = ["Policy"]
+
+
+class Policy(nn.Module):
+    """One network that answers for every (w, alpha); with all coefficients 0 it is the reference.
+
+    Built in two steps, so that a description costs nothing: the constructor takes names,
+    ``build`` loads weights.
+
+    Args:
+        pretrained: The base: a hub name, a folder, an installed package, or a ``Pretrained``.
+        conditioner: How a preference reaches the network.
+        encoding: How prompts become tokens.
+        temperature: Of policy and reference alike.
+        gradient_checkpointing: Recompute activations in the backward pass.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        pretrained: str | Pretrained,
+        conditioner: Conditioner,
+        encoding: Encoding | None = None,
+        temperature: float = 1.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.pretrained = pretrained_models.as_pretrained(pretrained)
+        self.conditioner = conditioner
+        self.encoding = encoding or Encoding()
+        self.temperature = temperature
+        self.gradient_checkpointing = gradient_checkpointing
+        self.share_prompts = True
+        self._answering_for: Preference | Literal["reference"] | None = None
+
+    @property
+    def is_built(self) -> bool:
+        """Whether ``build`` has run."""
+        return "model" in self._modules
+
+    def build(self, names: Sequence[str], seed: int = 0) -> None:
+        """Loads the base and attaches the conditioner; a second call does nothing.
+
+        Args:
+            names: Reward names, in the order of the preference's columns.
+            seed: Key of the conditioner's initial weights.
+        """
+        if self.is_built:
+            return
+        self.tokenizer = pretrained_models.load_tokenizer(self.pretrained)
+        self.model = pretrained_models.load_model(self.pretrained)
+        self.conditioner.attach(self.model, names, seed)
+        if self.gradient_checkpointing:
+            self.model.activation_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": self.conditioner.checkpoint_context}
+            )
+        self.stop_ids = pretrained_models.stop_ids(self.model, self.tokenizer)
+        # Transformers returns eval mode, and checkpoints activations only in train mode. The
+        # policy has no dropout, so nothing else depends on it.
+        self.train()
+
+    @contextmanager
+    def conditioned(self, preference: Preference) -> Iterator[None]:
+        """Answer for ``preference``, one row per row of the batch, inside the block."""
+        with self._answer_for(preference):
+            yield
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Answer as the reference inside the block, and record no gradient."""
+        with self._answer_for("reference"), torch.no_grad():
+            yield
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether ``reference()`` is open."""
+        return self._answering_for == "reference"
+
+    def answering(self, preference: Preference) -> AbstractContextManager[None]:
+        """``preference``, but the reference stays the reference where it is open."""
+        return self._answer_for("reference" if self.is_reference else preference)
+
+    @contextmanager
+    def _answer_for(self, whom: Preference | Literal["reference"]) -> Iterator[None]:
+        outer, self._answering_for = self._answering_for, whom
+        try:
+            yield
+        finally:
+            self._answering_for = outer
+
+    def rows(self, index: Tensor) -> AbstractContextManager[None]:
+        """Opens the conditioner for a batch whose row b is row ``index[b]`` of the preference.
+
+        Raises:
+            RuntimeError: outside ``conditioned`` and ``reference``.
+        """
+        if self._answering_for is None:
+            raise RuntimeError(
+                "The policy was asked outside a preference. Wrap the call in "
+                "`with policy.conditioned(preference):` or `with policy.reference():`."
+            )
+        if self._answering_for == "reference":
+            return self.conditioner.reference()
+        return self.conditioner.rows(self._answering_for, index)
+
+    def encode(
+        self, prompts: Sequence[Prompt], preference: Preference | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and mask of ``prompts``, shape (P, L), on the model's device.
+
+        Args:
+            prompts: P prompts.
+            preference: P rows that the conditioner may write into the prompts; None for the
+                reference's prompts.
+        """
+        if preference is not None:
+            prompts = [
+                self.conditioner.rewrite(prompt, preference[row : row + 1])
+                for row, prompt in enumerate(prompts)
+            ]
+        seq2seq = self.model.config.is_encoder_decoder
+        # Causal models need the prompt's end beside the response; an encoder has positions of
+        # its own, which padding on the left would move.
+        ids = self.encoding(prompts, self.tokenizer, keep="start" if seq2seq else "end")
+        tokens, mask = pad(ids, self.pad_id, side="right" if seq2seq else "left")
+        return tokens.to(self.model.device), mask.to(self.model.device)
+
+    @property
+    def pad_id(self) -> int:
+        """What stands where no token is; masks, never this id, say where that is."""
+        pad_id = self.tokenizer.pad_token_id
+        return 0 if pad_id is None else int(pad_id)
+
+    def logprobs(self, rollout: Rollout) -> Tensor:
+        """Log-probabilities of the responses, shape (B, T), inside one of the scopes.
+
+        With prompt-CLP the reference sees the plain prompt.
+        """
+        ids, mask = rollout.input_ids, rollout.prompt_mask
+        if self.is_reference and rollout.reference_input_ids is not None:
+            assert rollout.reference_prompt_mask is not None
+            ids, mask = rollout.reference_input_ids, rollout.reference_prompt_mask
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        score = score_shared if self.share_prompts and not recomputes else score_full
+        with self.eval_mode(unless=recomputes):
+            return score(
+                self.model,
+                ids,
+                mask,
+                rollout.response_ids,
+                rollout.groups,
+                self.rows,
+                self.temperature,
+            )
+
+    @contextmanager
+    def eval_mode(self, unless: bool = False) -> Iterator[None]:
+        """The model in eval mode, where Transformers keeps its caches, inside the block."""
+        switch = self.gradient_checkpointing and self.training and not unless
+        if switch:
+            self.model.eval()
+        try:
+            yield
+        finally:
+            if switch:
+                self.model.train()
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What training changes, by name: the copies, the shared part, a learned gate."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}

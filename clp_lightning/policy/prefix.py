@@ -1,0 +1,124 @@
+"""A prompt computed once, to be continued by many responses.
+
+The same three calls serve causal and encoder-decoder models, sampling and scoring:
+``read_prompt`` runs the prompt, ``Prefix.select`` repeats its cache over the responses,
+``extend`` runs response tokens on top of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import cache as memoize
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+__all__ = ["Prefix", "extend", "positions", "read_prompt"]
+
+
+@dataclass
+class Prefix:
+    """The state of a model after a prompt (and the response tokens that followed).
+
+    Attributes:
+        cache: Keys and values, one row per prompt or response.
+        logits: Logits of the next token, shape (rows, V).
+        mask: What attention may see: prompt and response so far for causal models, the
+            encoder's input for encoder-decoder models, shape (rows, length).
+        position: Position of the next token, shape (rows,).
+        encoded: The encoder's output, shape (rows, L, d), or None for causal models.
+    """
+
+    cache: Cache
+    logits: Tensor
+    mask: Tensor
+    position: Tensor
+    encoded: Tensor | None = None
+
+    def select(self, rows: Tensor) -> Prefix:
+        """The prefixes at ``rows``, which may repeat; uses up this one's cache."""
+        self.cache.batch_select_indices(rows)
+        return Prefix(
+            self.cache,
+            self.logits[rows],
+            self.mask[rows],
+            self.position[rows],
+            None if self.encoded is None else self.encoded[rows],
+        )
+
+
+@memoize
+def _parameters(model_class: type[PreTrainedModel]) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def accepted(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
+    """Those of ``options`` that the model's forward names."""
+    names = _parameters(type(model))
+    return {name: value for name, value in options.items() if name in names}
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position of every token, counted over the mask, so that padding moves nothing.
+
+    Example:
+        >>> positions(torch.tensor([[False, True, True]])).tolist()
+        [[0, 0, 1]]
+    """
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def read_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Prefix:
+    """Runs prompts, shape (rows, L) with their mask; the cache is on."""
+    if model.config.is_encoder_decoder:
+        encoded = model.get_encoder()(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        start = input_ids.new_full((len(input_ids), 1), model.config.decoder_start_token_id)
+        out = _decode(model, start, encoded, mask, None)
+        return Prefix(out.cache, out.logits[:, -1], mask, mask.new_ones(len(mask)).long(), encoded)
+    out = model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        use_cache=True,
+        **accepted(model, position_ids=positions(mask), logits_to_keep=1),
+    )
+    return Prefix(out.cache, out.logits[:, -1], mask, mask.sum(-1))
+
+
+def extend(model: PreTrainedModel, prefix: Prefix, tokens: Tensor) -> Tensor:
+    """Runs response tokens, shape (rows, t), and moves ``prefix`` behind them.
+
+    Returns:
+        Logits after each token, shape (rows, t, V).
+    """
+    if prefix.encoded is not None:
+        out = _decode(model, tokens, prefix.encoded, prefix.mask, prefix.cache)
+    else:
+        prefix.mask = torch.cat([prefix.mask, torch.ones_like(tokens, dtype=torch.bool)], -1)
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        out = model(
+            input_ids=tokens,
+            attention_mask=prefix.mask,
+            cache=prefix.cache,
+            use_cache=True,
+            **accepted(model, position_ids=prefix.position.unsqueeze(-1) + steps),
+        )
+    prefix.position = prefix.position + tokens.shape[1]
+    prefix.logits = out.logits[:, -1]
+    logits: Tensor = out.logits
+    return logits
+
+
+def _decode(
+    model: PreTrainedModel, tokens: Tensor, encoded: Tensor, mask: Tensor, cache: Cache | None
+) -> Any:
+    return model(
+        encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+        attention_mask=mask,
+        decoder_input_ids=tokens,
+        cache=cache,
+        use_cache=True,
+    )

@@ -1,0 +1,111 @@
+"""Log-probabilities of given responses, at response positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from ..functional.logprobs import token_logprobs
+from .prefix import accepted, extend, positions, read_prompt
+
+__all__ = ["first_of_group", "score_full", "score_shared"]
+
+Rows = Callable[[Tensor], AbstractContextManager[None]]
+"""Opens the preference for a batch whose rows are those of the rollout at an index."""
+
+
+def first_of_group(groups: Tensor) -> Tensor:
+    """Row of the first response of every group, shape (G,).
+
+    Example:
+        >>> first_of_group(torch.tensor([0, 0, 1, 1, 1])).tolist()
+        [0, 2]
+    """
+    count = int(groups.max()) + 1
+    rows = torch.arange(len(groups), device=groups.device)
+    start = torch.full((count,), len(groups), device=groups.device)
+    return start.scatter_reduce(0, groups, rows, "amin")
+
+
+def score_shared(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    prompt_mask: Tensor,
+    response_ids: Tensor,
+    groups: Tensor,
+    rows: Rows,
+    temperature: float,
+) -> Tensor:
+    """Every prompt once, its cache repeated over the responses of its group.
+
+    Args:
+        model: A causal or encoder-decoder model.
+        input_ids: Prompt tokens, shape (B, L).
+        prompt_mask: True where a token stands, shape (B, L).
+        response_ids: Shape (B, T).
+        groups: Which responses share prompt and preference, shape (B,).
+        rows: Opens the preference of the rollout's rows at an index.
+        temperature: The sampling temperature.
+
+    Returns:
+        Log-probabilities, float32 or wider, shape (B, T); those behind the end mean nothing.
+    """
+    first = first_of_group(groups)
+    with rows(first):
+        prefix = read_prompt(model, input_ids[first], prompt_mask[first]).select(groups)
+    logits = prefix.logits.unsqueeze(1)
+    logp = token_logprobs(logits, response_ids[:, :1], temperature)
+    if response_ids.shape[1] == 1:
+        return logp
+    with rows(torch.arange(len(groups), device=groups.device)):
+        logits = extend(model, prefix, response_ids[:, :-1])
+    return torch.cat([logp, token_logprobs(logits, response_ids[:, 1:], temperature)], dim=1)
+
+
+def score_full(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    prompt_mask: Tensor,
+    response_ids: Tensor,
+    groups: Tensor,
+    rows: Rows,
+    temperature: float,
+) -> Tensor:
+    """The same without any cache: gradient checkpointing turns caches off in train mode.
+
+    Causal models run prompt and response of every row in one piece; encoder-decoder models
+    still run each prompt's encoder once.
+    """
+    everyone = torch.arange(len(groups), device=groups.device)
+    length = response_ids.shape[1]
+    if model.config.is_encoder_decoder:
+        first = first_of_group(groups)
+        with rows(first):
+            encoded = model.get_encoder()(
+                input_ids=input_ids[first], attention_mask=prompt_mask[first]
+            ).last_hidden_state
+        start = response_ids.new_full((len(groups), 1), model.config.decoder_start_token_id)
+        with rows(everyone):
+            out = model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=encoded[groups]),
+                attention_mask=prompt_mask,
+                decoder_input_ids=torch.cat([start, response_ids[:, :-1]], dim=1),
+                use_cache=False,
+            )
+        return token_logprobs(out.logits, response_ids, temperature)
+    ids = torch.cat([input_ids, response_ids[:, :-1]], dim=1)
+    seen = torch.ones_like(response_ids[:, :-1], dtype=torch.bool)
+    mask = torch.cat([prompt_mask, seen], dim=1)
+    with rows(everyone):
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            use_cache=False,
+            **accepted(model, position_ids=positions(mask), logits_to_keep=length),
+        )
+    return token_logprobs(out.logits[:, -length:], response_ids, temperature)

@@ -1,0 +1,192 @@
+"""Preference, PromptBatch and Rollout: the words that everything else uses.
+
+``B`` counts responses, ``P`` prompts, ``T`` response tokens, ``L`` prompt tokens, ``K`` rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Message = dict[str, Any]
+Prompt = str | list[Message]
+"""A prompt is a plain string, or a conversation: a list of messages."""
+
+
+@dataclass
+class Preference:
+    """What the user asks for, one row per prompt or response.
+
+    Attributes:
+        weights: Importance of each reward, shape (B, K); rows are non-negative and sum to 1.
+        alpha: KL strength in [0, 1], shape (B,).
+    """
+
+    weights: Tensor
+    alpha: Tensor
+
+    def __post_init__(self) -> None:
+        if self.weights.ndim != 2 or self.alpha.shape != self.weights.shape[:1]:
+            raise ValueError(
+                "A Preference holds weights of shape (B, K) and alpha of shape (B,); got "
+                f"{tuple(self.weights.shape)} and {tuple(self.alpha.shape)}."
+            )
+
+    @classmethod
+    def single(cls, weights: Sequence[float] | Tensor, alpha: float) -> Preference:
+        """One preference, as a Preference of one row."""
+        row = torch.as_tensor(weights, dtype=torch.float32)
+        return cls(row.reshape(1, -1), row.new_tensor([alpha]))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Preference]) -> Preference:
+        """Rows of several preferences, one after the other."""
+        return cls(torch.cat([p.weights for p in parts]), torch.cat([p.alpha for p in parts]))
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __getitem__(self, rows: Tensor | slice) -> Preference:
+        """The rows at ``rows`` (a 1-d index, a mask or a slice)."""
+        return Preference(self.weights[rows], self.alpha[rows])
+
+    @property
+    def num_rewards(self) -> int:
+        """K."""
+        return self.weights.shape[1]
+
+    def repeat_interleave(self, times: int) -> Preference:
+        """Every row ``times`` times, copies side by side."""
+        return Preference(
+            self.weights.repeat_interleave(times, 0), self.alpha.repeat_interleave(times, 0)
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Preference:
+        """The same preference on ``device``."""
+        return Preference(
+            self.weights.to(device, non_blocking=non_blocking),
+            self.alpha.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass
+class PromptBatch:
+    """Prompts that are not yet tokenised, with what travels beside them.
+
+    Attributes:
+        prompts: P strings or message lists.
+        prompt_ids: The row's number before splitting, int64, shape (P,). Keys all randomness.
+        columns: Every other column of the data, lists of length P.
+        epoch: The sampler's own count of passes over the data.
+        part: Which slice of a generation batch this step trains (``rollout_batches``).
+        parts: Number of slices; the batch holds the prompts of all of them.
+        nominal_size: Prompts in a full slice; the constant that the loss divides by.
+        preference: P rows, attached by ``CLPCallback``.
+    """
+
+    prompts: list[Prompt]
+    prompt_ids: Tensor
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    epoch: int = 0
+    part: int = 0
+    parts: int = 1
+    nominal_size: int | None = None
+    preference: Preference | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {"prompt_ids": len(self.prompt_ids)}
+        lengths |= {f"columns['{name}']": len(col) for name, col in self.columns.items()}
+        for name, length in lengths.items():
+            if length != len(self.prompts):
+                raise ValueError(f"{name} has {length} entries for {len(self.prompts)} prompts.")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, rows: Sequence[int]) -> PromptBatch:
+        """The prompts at ``rows``, which may repeat."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        return replace(
+            self,
+            prompts=[self.prompts[i] for i in rows],
+            prompt_ids=self.prompt_ids[index.to(self.prompt_ids.device)],
+            columns={name: [col[i] for i in rows] for name, col in self.columns.items()},
+            preference=None if self.preference is None else self.preference[index],
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PromptBatch:
+        """Moves the preference; ids and text stay on the host, where they are used."""
+        if self.preference is None:
+            return self
+        return replace(self, preference=self.preference.to(device, non_blocking))
+
+
+@dataclass
+class Rollout:
+    """Sampled responses; row b is one response.
+
+    Attributes:
+        prompts: B prompts as the data gave them (the reference's prompt).
+        prompt_ids: int64, shape (B,).
+        groups: Which responses share (prompt, preference): 0 .. G-1, shape (B,).
+        sample: Number of the response within its group, shape (B,).
+        preference: B rows.
+        input_ids: Prompt tokens, shape (B, L), left-padded; for encoder-decoder models the
+            encoder's input, right-padded.
+        prompt_mask: True where ``input_ids`` holds a token, shape (B, L).
+        response_ids: Sampled tokens, right-padded, shape (B, T).
+        response_mask: True up to and including the stop token, shape (B, T).
+        completions: B texts, special tokens skipped.
+        truncated: True where the response was cut at the limit, shape (B,).
+        columns: Every other column of the data, lists of length B.
+        logp: The sampler's own log-probabilities, shape (B, T), or None.
+        reference_input_ids: The plain prompt where the policy's was rewritten (prompt-CLP).
+        reference_prompt_mask: Its mask.
+    """
+
+    prompts: list[Prompt]
+    prompt_ids: Tensor
+    groups: Tensor
+    sample: Tensor
+    preference: Preference
+    input_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    completions: list[str]
+    truncated: Tensor
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    logp: Tensor | None = None
+    reference_input_ids: Tensor | None = None
+    reference_prompt_mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Response tokens that count, shape (B,)."""
+        return self.response_mask.sum(-1)
+
+    def select(self, rows: Tensor) -> Rollout:
+        """The responses at ``rows`` (a 1-d index or a mask), groups numbered anew."""
+        index = rows.nonzero().squeeze(-1) if rows.dtype == torch.bool else rows
+        picked: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                picked[f.name] = value[index.to(value.device)]
+            elif isinstance(value, Preference):
+                picked[f.name] = value[index.to(value.weights.device)]
+            elif isinstance(value, list):
+                picked[f.name] = [value[i] for i in index.tolist()]
+            elif isinstance(value, Mapping):
+                picked[f.name] = {k: [v[i] for i in index.tolist()] for k, v in value.items()}
+            else:
+                picked[f.name] = value
+        picked["groups"] = picked["groups"].unique(return_inverse=True)[1]
+        return Rollout(**picked)

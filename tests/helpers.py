@@ -1,0 +1,34 @@
+"""Small pieces that several tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clp_lightning import LoRA, Policy, Preference, PromptBatch
+from clp_lightning.conditioning import Conditioner
+
+NAMES = ["kind", "short"]
+
+
+def build_policy(
+    folder: Path, conditioner: Conditioner | None = None, perturb: float = 0.0, **options: Any
+) -> Policy:
+    """A policy on a tiny model; with ``perturb`` its copies are away from zero."""
+    policy = Policy(str(folder), conditioner or LoRA(rank=2, shared_rank=2), **options)
+    policy.build(NAMES, seed=0)
+    if perturb:
+        generator = torch.Generator().manual_seed(1)
+        for parameter in policy.trained_parameters().values():
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=perturb)
+    return policy
+
+
+def prompt_batch(prompts: list[Any], preference: Preference | None = None) -> PromptBatch:
+    """Prompts numbered 0, 1, ..., each under its own preference."""
+    if preference is None:
+        share = torch.linspace(0.1, 0.8, len(prompts))
+        preference = Preference(torch.stack([share, 1 - share], 1), share / 2)
+    return PromptBatch(prompts, torch.arange(len(prompts)), preference=preference)

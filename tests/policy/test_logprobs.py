@@ -1,0 +1,152 @@
+"""Four ways to the same log-probability: sampler, training pass, reference pass, and a single
+unpadded row through plain Transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from clp_lightning import Policy, Rollout, Sampling, TransformersEngine
+from tests.helpers import build_policy, prompt_batch
+from tests.tiny import KINDS
+
+# Of different length, the last longer than Gemma's window of 8.
+PROMPTS = ["ab", "hello", "a prompt past the window"]
+
+
+def plain_logprobs(folder: Path, policy: Policy, rollout: Rollout, row: int) -> Tensor:
+    """One row, no padding, no cache, nothing of ours but the folded weights."""
+    prompt = rollout.input_ids[row][rollout.prompt_mask[row]]
+    response = rollout.response_ids[row][rollout.response_mask[row]]
+    seq2seq = policy.model.config.is_encoder_decoder
+    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    model = auto.from_pretrained(folder).eval()
+    state = policy.conditioner.fold(rollout.preference[row : row + 1])
+    if not torch.equal(state["lm_head.weight"], model.lm_head.weight):
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # untie
+    model.load_state_dict(state)
+    with torch.no_grad():
+        if seq2seq:
+            start = torch.tensor([model.config.decoder_start_token_id])
+            decoder = torch.cat([start, response[:-1]])[None]
+            logits = model(input_ids=prompt[None], decoder_input_ids=decoder).logits[0]
+        else:
+            logits = model(torch.cat([prompt, response[:-1]])[None]).logits[0, len(prompt) - 1 :]
+    return logits.log_softmax(-1).gather(-1, response[:, None]).squeeze(-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_passes_agree(tiny_folder: Callable[..., Path], kind: str) -> None:
+    folder = tiny_folder(kind)
+    policy = build_policy(folder, perturb=0.1)
+    rollout = TransformersEngine().generate(policy, prompt_batch(PROMPTS), 3, Sampling(12))
+    mask = rollout.response_mask
+    with policy.conditioned(rollout.preference):
+        training = policy.logprobs(rollout)
+        policy.share_prompts = False
+        full = policy.logprobs(rollout)
+        policy.share_prompts = True
+    assert rollout.logp is not None
+    assert training.requires_grad
+    torch.testing.assert_close(rollout.logp[mask], training[mask], atol=1e-4, rtol=0)
+    torch.testing.assert_close(full[mask], training[mask], atol=1e-4, rtol=0)
+    for row in range(len(rollout)):
+        plain = plain_logprobs(folder, policy, rollout, row)
+        torch.testing.assert_close(training[row][mask[row]], plain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reference_pass_is_the_base(tiny_folder: Callable[..., Path], kind: str) -> None:
+    folder = tiny_folder(kind)
+    policy = build_policy(folder, perturb=0.1)
+    rollout = TransformersEngine().generate(policy, prompt_batch(PROMPTS), 2, Sampling(12))
+    with policy.reference():
+        reference = policy.logprobs(rollout)
+    assert not reference.requires_grad
+    bare = build_policy(folder)  # its copies are still zero
+    for row in range(len(rollout)):
+        plain = plain_logprobs(folder, bare, rollout, row)
+        got = reference[row][rollout.response_mask[row]]
+        torch.testing.assert_close(got, plain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_step_zero_is_the_reference_for_every_preference(
+    tiny_folder: Callable[..., Path], kind: str
+) -> None:
+    policy = build_policy(tiny_folder(kind))
+    rollout = TransformersEngine().generate(policy, prompt_batch(PROMPTS), 2, Sampling(12))
+    with policy.conditioned(rollout.preference):
+        logp = policy.logprobs(rollout)
+    with policy.reference():
+        reference = policy.logprobs(rollout)
+    torch.testing.assert_close(logp, reference, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_row_equals_merged(tiny_folder: Callable[..., Path], kind: str) -> None:
+    """A different preference in every row, against each preference on its own."""
+    policy = build_policy(tiny_folder(kind), perturb=0.1)
+    batch = prompt_batch(PROMPTS)
+    rollout = TransformersEngine().generate(policy, batch, 2, Sampling(12))
+    parameters = policy.trained_parameters()
+
+    def gradients(rows: Rollout) -> tuple[Tensor, list[Tensor]]:
+        with policy.conditioned(
+            rows.preference if len(rows.groups.unique()) > 1 else rows.preference[:1]
+        ):
+            logp = policy.logprobs(rows) * rows.response_mask
+        return logp, list(torch.autograd.grad(logp.sum(), list(parameters.values())))
+
+    logp, by_row = gradients(rollout)
+    merged = [torch.zeros_like(g) for g in by_row]
+    for group in range(len(PROMPTS)):
+        rows = rollout.groups == group
+        alone, grads = gradients(rollout.select(rows))
+        torch.testing.assert_close(logp[rows], alone, atol=1e-5, rtol=1e-5)
+        merged = [m + g for m, g in zip(merged, grads, strict=True)]
+    scale = max(float(g.abs().max()) for g in by_row)
+    for name, a, b in zip(parameters, by_row, merged, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * scale, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_changes_nothing(
+    tiny_folder: Callable[..., Path], kind: str
+) -> None:
+    """Backward runs outside the scope, where the recomputation needs the forward's preference."""
+    batch = prompt_batch(PROMPTS)
+    results = []
+    for checkpointing in (False, True):
+        policy = build_policy(
+            tiny_folder(kind), perturb=0.1, gradient_checkpointing=checkpointing
+        )
+        assert policy.model.training
+        rollout = TransformersEngine().generate(policy, batch, 2, Sampling(12))
+        with policy.conditioned(rollout.preference):
+            logp = policy.logprobs(rollout)
+        with policy.reference():
+            policy.logprobs(rollout)  # another scope in between must not leak
+        (logp * rollout.response_mask).sum().backward()
+        grads = {name: p.grad for name, p in policy.trained_parameters().items()}
+        results.append((rollout.response_ids, grads))
+    assert torch.equal(results[0][0], results[1][0])
+    scale = max(float(g.abs().max()) for g in results[0][1].values() if g is not None)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(
+            results[1][1][name], gradient, atol=1e-5 * scale, rtol=1e-4, msg=name
+        )
+
+
+def test_outside_a_scope_it_raises(tiny_folder: Callable[..., Path]) -> None:
+    policy = build_policy(tiny_folder("llama"))
+    rollout = TransformersEngine().generate(policy, prompt_batch(PROMPTS), 2, Sampling(3))
+    with pytest.raises(RuntimeError, match="outside a preference"):
+        policy.logprobs(rollout)
+    with pytest.raises(RuntimeError, match="outside a preference"):
+        policy.model(input_ids=rollout.input_ids)
