@@ -101,6 +101,9 @@ class LoRA(Conditioner):
             layer.forward = partial(self._stacked_forward, layer, columns)  # type: ignore[method-assign]
         for parameters in [*self.copies(), self.shared()]:
             for parameter in parameters:
+                # Small updates vanish in half precision, whatever the base is kept in.
+                if parameter.dtype in (torch.float16, torch.bfloat16):
+                    parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
 
     def _config(self, model: nn.Module, rank: int, targets: str | list[str]) -> LoraConfig:

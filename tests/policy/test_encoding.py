@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+
+from clp_lightning import Encoding
+from clp_lightning.policy.encoding import pad
+from tests.tiny import END, tiny_tokenizer
+
+CHAT = tiny_tokenizer(chat=True)
+BARE = tiny_tokenizer()
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_a_conversation_goes_through_the_template() -> None:
+    (ids,) = Encoding()([user("hi")], CHAT)
+    text = CHAT.decode(ids)
+    assert text == (
+        "<|start|>system\nHelp.<|end|>\n<|start|>user\nhi<|end|>\n<|start|>assistant\n"
+    )
+
+
+def test_truncation_keeps_the_template_and_its_tail() -> None:
+    whole = len(Encoding()([user("")], CHAT)[0])
+    encoding = Encoding(max_prompt_tokens=whole + 5)
+    (ids,) = encoding([user("abcdefghij")], CHAT)
+    assert "user\nabcde<|end|>\n<|start|>assistant\n" in CHAT.decode(ids)
+    assert len(ids) == whole + 5
+    assert encoding.truncated == 1
+    assert ids.count(END) == 2
+
+
+def test_the_template_alone_is_too_long() -> None:
+    with pytest.raises(ValueError, match="template alone has .* tokens"):
+        Encoding(max_prompt_tokens=10)([user("abcdefghij")], CHAT)
+
+
+def test_strings_keep_the_side_that_is_asked_for() -> None:
+    assert BARE.decode(Encoding(3)(["abcdef"], BARE, keep="end")[0]) == "def"
+    assert BARE.decode(Encoding(3)(["abcdef"], BARE, keep="start")[0]) == "abc"
+    assert BARE.truncation_side == "right"
+
+
+def test_error_mode_names_the_prompt() -> None:
+    with pytest.raises(ValueError, match=r"6 tokens.*max_prompt_tokens=3.*abcdef"):
+        Encoding(3, on_long="error")(["abcdef"], BARE)
+
+
+def test_no_chat_template() -> None:
+    with pytest.raises(ValueError, match="no chat template"):
+        Encoding()([user("hi")], BARE)
+
+
+def test_an_assistant_turn_is_continued() -> None:
+    messages = [*user("hi"), {"role": "assistant", "content": "Sure"}]
+    (ids,) = Encoding()([messages], CHAT)
+    assert CHAT.decode(ids).endswith("assistant\nSure")
+
+
+def test_an_empty_prompt() -> None:
+    with pytest.raises(ValueError, match="no tokens"):
+        Encoding()([""], BARE)
+
+
+def test_pad_token_inside_a_prompt_is_attended() -> None:
+    ids, mask = pad([[0, 5], [7]], 0, side="left")
+    assert ids.tolist() == [[0, 5], [0, 7]]
+    assert mask.tolist() == [[True, True], [False, True]]
+    ids, mask = pad([[0, 5], [7]], 0, side="right")
+    assert ids.tolist() == [[0, 5], [7, 0]] and mask.tolist() == [[True, True], [True, False]]
