@@ -125,12 +125,14 @@ class PromptFormat:
             prompt = row[self.prompt_columns[0]]
         else:
             prompt = self.template.format_map(row)
-        if not isinstance(prompt, (str, list, type(None))):
+        if isinstance(prompt, list):
+            if not all(isinstance(m, dict) and m.get("role") for m in prompt):
+                raise ValueError(f"Row {prompt_id} has a message without a role: {prompt!r}.")
+            if self.source == "messages" and prompt and prompt[-1]["role"] == "assistant":
+                prompt = prompt[:-1]
+        elif not isinstance(prompt, (str, type(None))):
             kind = type(prompt).__name__
             raise ValueError(f"Row {prompt_id}: the prompt is a {kind}, not text or messages.")
-        if self.source == "messages" and self.template is None and prompt:
-            ends_with_answer = prompt[-1]["role"] == "assistant"
-            prompt = prompt[:-1] if ends_with_answer else prompt
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise ValueError(f"Row {prompt_id} has an empty prompt; fill it or leave it out.")
         if isinstance(prompt, str) and self.conversational:

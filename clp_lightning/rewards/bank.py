@@ -1,0 +1,280 @@
+"""K named rewards, called as TRL calls them, and their frozen statistics."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..types import Rollout
+from .base import Function, Reward, RewardError
+from .calling import Problem, Samples, start
+
+__all__ = ["RewardBank", "Scores"]
+
+
+@dataclass
+class Scores:
+    """What K rewards say about B responses.
+
+    Attributes:
+        raw: Float32, shape (B, K); NaN where a reward gave no score.
+        kept: False where a response was dropped because a reward failed on it, shape (B,).
+    """
+
+    raw: Tensor
+    kept: Tensor
+
+    def select(self, rows: Tensor) -> Scores:
+        """The scores at ``rows``, an index or a mask."""
+        return Scores(self.raw[rows], self.kept[rows])
+
+
+class RewardBank(nn.Module):
+    """Scores rollouts under K rewards and normalises the scores.
+
+    Statistics are buffers, so they are in every checkpoint; the rewards themselves are not.
+
+    Args:
+        rewards: Name to a :class:`Reward`, a function with TRL's signature, or the import path of
+            one.
+        statistics: Name to mean and standard deviation, to set them by hand.
+        std_floor: Least standard deviation to divide by, of all rewards or by name.
+        on_error: What a failing reward does: ``raise`` stops the run, ``drop`` leaves the
+            responses concerned out and counts them in ``dropped``.
+
+    Attributes:
+        names: Names of the rewards; the order of every K axis.
+        mean: Mean of each raw reward, shape (K,).
+        std: Standard deviation to divide by, shape (K,).
+        fitted: Whether ``mean`` and ``std`` are set.
+        metrics: What the rewards of the last call reported with ``log_metric``, averaged.
+        extra: Columns that they reported with ``log_extra``.
+        dropped: Responses left out so far.
+
+    Raises:
+        ValueError: no reward, a bad name, statistics or floors of unknown rewards.
+    """
+
+    mean: Tensor
+    std: Tensor
+    fitted: Tensor
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward | Callable[..., Any] | str],
+        statistics: Mapping[str, Sequence[float]] | None = None,
+        std_floor: float | Mapping[str, float] = 0.01,
+        on_error: Literal["raise", "drop"] = "raise",
+    ) -> None:
+        super().__init__()
+        if not rewards:
+            raise ValueError("There is no reward; name at least one.")
+        for name in rewards:
+            if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(
+                    f"{name!r} cannot be the name of a reward: use letters, digits, _ and -."
+                )
+        if on_error not in ("raise", "drop"):
+            raise ValueError(f"on_error is 'raise' or 'drop', not '{on_error}'.")
+        # A plain dict: heads are frozen and stay out of parameters, state and train().
+        self.rewards = {name: _as_reward(name, reward) for name, reward in rewards.items()}
+        self.names = list(self.rewards)
+        self.on_error = on_error
+        self.statistics = self._by_name("statistics", statistics or {})
+        floors = std_floor if isinstance(std_floor, Mapping) else dict.fromkeys(rewards, std_floor)
+        self.std_floor = dict.fromkeys(self.names, 0.01) | self._by_name("std_floor", floors)
+        if min(self.std_floor.values()) <= 0:
+            raise ValueError(f"std_floor must be above 0; got {self.std_floor}.")
+        for name, (mean, std) in self.statistics.items():
+            if not (math.isfinite(mean) and 0 < std < math.inf):
+                raise ValueError(f"statistics of '{name}' must be a mean and a deviation above 0.")
+        pairs = [self.statistics.get(name, (0.0, 1.0)) for name in self.names]
+        self.register_buffer("mean", torch.tensor([pair[0] for pair in pairs]))
+        self.register_buffer("std", torch.tensor([pair[1] for pair in pairs]))
+        self.register_buffer("fitted", torch.tensor(len(self.statistics) == len(self.names)))
+        self.metrics: dict[str, float] = {}
+        self.extra: dict[str, list[Any]] = {}
+        self.dropped = 0
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Refuse data without the columns that the rewards need.
+
+        Raises:
+            ValueError: naming reward and columns.
+        """
+        for name, reward in self.rewards.items():
+            missing = [column for column in reward.required_columns if column not in columns]
+            if missing:
+                raise ValueError(
+                    f"Reward '{name}' needs the columns {missing}; the data has: "
+                    f"{', '.join(sorted(columns)) or 'none'}. Rename one with the data's "
+                    "`columns`, or tell the reward another name."
+                )
+
+    def forward(self, rollout: Rollout, trainer_state: Any = None) -> Scores:
+        """Raw scores of every response.
+
+        Args:
+            rollout: B responses.
+            trainer_state: Handed to the rewards; TRL's have ``global_step``, ``max_steps`` and
+                ``epoch``.
+
+        Raises:
+            RewardError: naming reward, prompt and completion; unless ``on_error`` is ``drop``.
+        """
+        samples = _samples(rollout)
+        extra: dict[str, list[Any]] = {}
+        metrics: dict[str, list[float]] = defaultdict(list)
+        context = {
+            "trainer_state": trainer_state or SimpleNamespace(global_step=0, max_steps=0, epoch=0),
+            "log_extra": lambda column, values: extra.setdefault(column, []).extend(values),
+            "log_metric": lambda name, value: metrics[name].append(float(value)),
+        }
+        for reward in self.rewards.values():
+            reward.place(self.mean.device)
+        # All are started before the first is waited for, so asynchronous ones run side by side.
+        calls = [start(reward, samples, context) for reward in self.rewards.values()]
+        columns: list[list[float]] = []
+        kept = [True] * len(rollout)
+        for name, call in zip(self.names, calls, strict=True):
+            try:
+                columns.append(call.scores())
+            except Problem as problem:
+                columns.append(self._recover(name, problem, samples, context))
+                kept = [k and not math.isinf(s) for k, s in zip(kept, columns[-1], strict=True)]
+        self.metrics = {name: sum(values) / len(values) for name, values in metrics.items()}
+        self.extra = extra
+        self.dropped += kept.count(False)
+        raw = torch.tensor(columns, dtype=torch.float32).T
+        raw = raw.masked_fill(raw.isinf(), math.nan)
+        return Scores(raw.to(self.mean.device), torch.tensor(kept, device=self.mean.device))
+
+    @torch.no_grad()
+    def fit(self, raw: Tensor) -> None:
+        """Freeze mean and standard deviation, except those set by hand.
+
+        Args:
+            raw: Raw scores of reference responses, shape (N, K); NaN where there is none.
+
+        Raises:
+            ValueError: naming a reward without any score.
+        """
+        for k, name in enumerate(self.names):
+            if name in self.statistics:
+                continue
+            scores = raw[:, k].double()
+            scores = scores[~scores.isnan()]
+            if len(scores) == 0:
+                raise ValueError(
+                    f"Reward '{name}' scored none of {len(raw)} reference responses (it returned "
+                    "None each time); look at the columns that it reads."
+                )
+            std, floor = float(scores.std(correction=0)), self.std_floor[name]
+            if std < floor:
+                warnings.warn(
+                    f"Reward '{name}' hardly varies over the reference's responses: its standard "
+                    f"deviation {std:.3g} is under the floor {floor:.3g}, by which it is divided "
+                    "instead. Is it the right reward, on the right scale?",
+                    stacklevel=2,
+                )
+            self.mean[k], self.std[k] = scores.mean(), max(std, floor)
+        self.fitted.fill_(True)
+
+    @torch.no_grad()
+    def leave_raw(self) -> None:
+        """Freeze mean 0 and deviation 1, except those set by hand."""
+        self.fitted.fill_(True)
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        """``(raw - mean) / std``, shape (B, K).
+
+        Raises:
+            RuntimeError: before the statistics are set.
+        """
+        if not self.fitted:
+            raise RuntimeError(
+                "The rewards have no statistics yet. Call fit() with scores of the reference's "
+                "responses (training does it at its start), set `statistics`, or load a checkpoint."
+            )
+        return (raw - self.mean) / self.std
+
+    def _recover(
+        self, name: str, problem: Problem, samples: Samples, context: dict[str, Any]
+    ) -> list[float]:
+        """Raises, or scores what can be scored: infinity marks a dropped response."""
+        silent = context | {"log_extra": _ignore, "log_metric": _ignore}
+
+        def scores_of(rows: list[int]) -> list[float]:
+            chosen = {key: [values[i] for i in rows] for key, values in samples.items()}
+            return start(self.rewards[name], chosen, silent).scores()
+
+        def fails(row: int) -> bool:
+            try:
+                scores_of([row])
+            except Problem:
+                return True
+            return False
+
+        rows = list(range(len(samples["prompts"])))
+        if self.on_error == "raise":
+            # Which response it was shows when each is scored alone; else it is the whole batch.
+            row = problem.row if problem.row is not None else next(filter(fails, rows), 0)
+            raise RewardError(
+                f"Reward '{name}' {problem}. Prompt: {_short(samples['prompts'][row])} "
+                f"Completion: {_short(samples['completions'][row])}"
+            ) from problem
+        good = [row for row in rows if not fails(row)]
+        # Together again, because a score may depend on its siblings.
+        try:
+            scores = dict(zip(good, scores_of(good), strict=True)) if good else {}
+        except Problem:
+            scores = {}
+        return [scores.get(row, math.inf) for row in rows]
+
+    def _by_name(self, argument: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        unknown = [name for name in values if name not in self.names]
+        if unknown:
+            raise ValueError(f"{argument} names {unknown}; the rewards are {self.names}.")
+        return dict(values)
+
+
+def _as_reward(name: str, reward: Reward | Callable[..., Any] | str) -> Reward:
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, str) or callable(reward):
+        return Function(reward)
+    raise ValueError(
+        f"Reward '{name}' is a {type(reward).__name__}; give a Reward, a function or the import "
+        "path of one."
+    )
+
+
+def _samples(rollout: Rollout) -> Samples:
+    completions: list[Any] = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(rollout.prompts, rollout.completions, strict=True)
+    ]
+    ids = [
+        row[mask].tolist()
+        for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
+    ]
+    given = {"prompts": rollout.prompts, "completions": completions, "completion_ids": ids}
+    return given | rollout.columns
+
+
+def _ignore(*_: Any) -> None:
+    pass
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "…"

@@ -1,0 +1,129 @@
+"""Calling a reward as TRL does, and checking what it returns."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import os
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+__all__ = ["Problem", "Samples", "start"]
+
+Samples = dict[str, list[Any]]
+"""Keyword arguments of a reward that are lists with one entry per response."""
+
+
+class Problem(Exception):
+    """What a reward did wrong; ``row`` says with which response, where that is known."""
+
+    def __init__(self, what: str, row: int | None = None) -> None:
+        super().__init__(what)
+        self.row = row
+
+
+@dataclass
+class Call:
+    """One reward called on some responses; asynchronous ones run until ``scores`` is asked for."""
+
+    given: Samples
+    copy: Samples
+    result: Callable[[], Any]
+
+    def scores(self) -> list[float]:
+        """One number per response, NaN where the reward returned None.
+
+        Raises:
+            Problem: the reward failed or returned what is no score.
+        """
+        try:
+            returned = self.result()
+        except Exception as error:
+            raise Problem(f"raised {type(error).__name__}: {error}") from error
+        for name, values in self.given.items():
+            if not _same(self.copy[name], values):
+                raise Problem(f"changed the list '{name}' that it was given; let it copy first")
+        if hasattr(returned, "tolist"):
+            returned = returned.tolist()
+        if not isinstance(returned, (list, tuple)):
+            raise Problem(f"returned a {type(returned).__name__}, not a list of scores")
+        expected = len(self.given["completions"])
+        if len(returned) != expected:
+            raise Problem(f"returned {len(returned)} scores for {expected} completions")
+        return [_number(value, row) for row, value in enumerate(returned)]
+
+
+def start(function: Callable[..., Any], samples: Samples, context: dict[str, Any]) -> Call:
+    """Call ``function(**samples, **context)``; a coroutine starts to run in the background.
+
+    Args:
+        function: The reward.
+        samples: Its lists, of which it gets copies.
+        context: Its other keyword arguments.
+    """
+    copy = {name: _copy(values) for name, values in samples.items()}
+    try:
+        returned = function(**copy, **context)
+    except Exception as error:
+        return Call(samples, copy, _raiser(error))
+    if inspect.isawaitable(returned):
+        future = asyncio.run_coroutine_threadsafe(_awaited(returned), _event_loop(os.getpid()))
+        return Call(samples, copy, future.result)
+    return Call(samples, copy, lambda: returned)
+
+
+def _raiser(error: Exception) -> Callable[[], Any]:
+    def fail() -> Any:
+        raise error
+
+    return fail
+
+
+async def _awaited(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+# One loop for all calls, because HTTP clients belong to the loop that they were first used in; in
+# a thread, because a notebook's own loop is running already. By process, because threads do not
+# survive a fork.
+@cache
+def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
+    return loop
+
+
+def _number(value: Any, row: int) -> float:
+    if value is None:
+        return math.nan
+    if hasattr(value, "item"):  # a scalar of torch or numpy
+        value = value.item()
+    if not isinstance(value, (int, float)):
+        raise Problem(f"returned {value!r}, which is no number", row)
+    if not math.isfinite(value):
+        raise Problem(f"returned {value} (None is the way to give no score)", row)
+    return float(value)
+
+
+def _copy(value: Any) -> Any:
+    """A copy of nested lists and dicts; what they hold is shared."""
+    if isinstance(value, list):
+        return [_copy(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return value
+
+
+def _same(copy: Any, value: Any) -> bool:
+    """Whether ``_copy(value)`` still holds what ``value`` holds."""
+    if isinstance(value, list):
+        same_length = isinstance(copy, list) and len(copy) == len(value)
+        return same_length and all(map(_same, copy, value))
+    if isinstance(value, dict):
+        same_keys = isinstance(copy, dict) and copy.keys() == value.keys()
+        return same_keys and all(_same(copy[key], value[key]) for key in value)
+    return copy is value

