@@ -1,0 +1,28 @@
+"""The judge: a task small enough that the best steerable policy is known exactly."""
+
+from .base import build_base, task_tokenizer, train_base
+from .callback import ExactFrontCallback, exact_rewards
+from .data import ExactDataModule
+from .evaluate import enumeration_rollout, exact_gradient, exact_logp, exact_reference_logp
+from .optimum import MAX_ALPHA, closed_gap, exact_value, optimum
+from .rewards import ExactReward
+from .task import ExactTask
+
+__all__ = [
+    "MAX_ALPHA",
+    "ExactDataModule",
+    "ExactFrontCallback",
+    "ExactReward",
+    "ExactTask",
+    "build_base",
+    "closed_gap",
+    "enumeration_rollout",
+    "exact_gradient",
+    "exact_logp",
+    "exact_reference_logp",
+    "exact_rewards",
+    "exact_value",
+    "optimum",
+    "task_tokenizer",
+    "train_base",
+]
