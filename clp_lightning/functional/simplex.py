@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def simplex_grid(num_rewards: int, divisions: int) -> Tensor:
     rows = []
     for bars in combinations(range(slots), num_rewards - 1):
         edges = (-1, *bars, slots)
-        rows.append([right - left - 1 for left, right in zip(edges, edges[1:], strict=False)])
+        rows.append([right - left - 1 for left, right in pairwise(edges)])
     return torch.tensor(rows[::-1], dtype=torch.float32) / divisions
 
 
