@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import Dataset as TorchDataset
 
 from .. import keyed
@@ -127,6 +128,8 @@ class PromptDataModule(LightningDataModule):
         self.num_workers, self.seed = num_workers, seed
         self._train: PromptDataset | None = None
         self._eval: PromptDataset | None = None
+        self._train_sampler: PromptSampler | None = None
+        self._position: dict[str, int] | None = None
 
     # ---------------------------------------------------------------- loading
 
@@ -193,6 +196,19 @@ class PromptDataModule(LightningDataModule):
             )
         return number
 
+    # ---------------------------------------------------------------- position
+
+    # The loader's state is in the checkpoint as well, but Lightning 2.6 does not load it back
+    # from a checkpoint of an epoch's end.
+    def state_dict(self) -> dict[str, int]:
+        """Where the training prompts are: pass and position."""
+        return {} if self._train_sampler is None else self._train_sampler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue there, at the next ``train_dataloader()`` of the fit that is resumed."""
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            self._position = state_dict
+
     # ---------------------------------------------------------------- loaders
 
     def train_dataloader(self) -> PromptLoader:
@@ -212,6 +228,10 @@ class PromptDataModule(LightningDataModule):
         )
         if trainer is not None:
             sampler.limit_pass(trainer.limit_train_batches)
+        if self._position is not None:
+            sampler.load_state_dict(self._position)
+            self._position = None
+        self._train_sampler = sampler
         return self._loader(data, sampler)
 
     def val_dataloader(self) -> PromptLoader | list[Any]:

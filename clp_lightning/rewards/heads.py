@@ -240,7 +240,7 @@ class ClassifierHead(Head):
         if self.model is not None:
             return
         super().load()
-        config = self.model.config
+        config: Any = self.model.config  # type: ignore[attr-defined]
         labels = dict(config.id2label)
         chosen = [index for index, name in labels.items() if name == self.label]
         if len(labels) > 1 and len(chosen) != 1:
