@@ -143,9 +143,9 @@ def require_gguf_readers() -> None:
 
 def convert_gguf(gguf: Path) -> Path:
     """A plain folder with the weights and tokenizer of a GGUF file, made once and kept."""
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()
-    target = cache_folder() / "gguf" / f"{gguf.stem}-{key[:12]}"
+    with gguf.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    target = cache_folder() / "gguf" / f"{gguf.stem}-{digest[:12]}"
     if target.is_dir():
         return target
     require_gguf_readers()
