@@ -94,6 +94,8 @@ class PromptDataModule(LightningDataModule):
         limit: int | None = None,
     ) -> None:
         super().__init__()
+        self.source = source = Docstrings() if source == "docstrings" else source
+        self.eval_source = Docstrings() if eval_source == "docstrings" else eval_source
         sizes = {
             "batch_size": batch_size,
             "eval_batch_size": eval_batch_size,
@@ -118,8 +120,6 @@ class PromptDataModule(LightningDataModule):
             holdout = 0 if own_eval else 0.05
         if holdout < 0 or (holdout > 1 and holdout != int(holdout)):
             raise ValueError(f"holdout is a number of rows or a share below 1, not {holdout}.")
-        self.source = Docstrings() if source == "docstrings" else source
-        self.eval_source = Docstrings() if eval_source == "docstrings" else eval_source
         self.source_config, self.split, self.eval_split = source_config, split, eval_split
         self.holdout, self.eval_prompts, self.limit = holdout, eval_prompts, limit
         self.columns, self.template = dict(columns or {}), template

@@ -106,12 +106,14 @@ class RewardBank(nn.Module):
         self.dropped = 0
 
     def check_columns(self, columns: Collection[str]) -> None:
-        """Refuse data without the columns that the rewards need.
+        """Refuse, before anything is loaded, data or models that the rewards cannot work with.
 
         Raises:
-            ValueError: naming reward and columns.
+            ValueError: naming a reward and the columns that it misses.
+            FileNotFoundError: naming a head's model that is nowhere.
         """
         for name, reward in self.rewards.items():
+            reward.check()
             missing = [column for column in reward.required_columns if column not in columns]
             if missing:
                 raise ValueError(
@@ -136,7 +138,7 @@ class RewardBank(nn.Module):
         metrics: dict[str, list[float]] = defaultdict(list)
         context = {
             "trainer_state": trainer_state or SimpleNamespace(global_step=0, max_steps=0, epoch=0),
-            "log_extra": lambda column, values: extra.setdefault(column, []).extend(values),
+            "log_extra": lambda column, values: extra.update({column: list(values)}),
             "log_metric": lambda name, value: metrics[name].append(float(value)),
         }
         for reward in self.rewards.values():

@@ -57,6 +57,9 @@ class Reward(Described, ABC):
             B numbers; None where it does not apply. A coroutine is awaited.
         """
 
+    def check(self) -> None:
+        """Raise now what would fail at the first call, as far as it is cheap to know."""
+
     def place(self, device: torch.device) -> None:
         """Told the device of the policy before every call; a head may load its model there."""
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from ..pretrained import Pretrained, load_model, load_tokenizer, locate
+from ..pretrained import Pretrained, check_available, load_model, load_tokenizer, locate
 from ..types import Prompt
 from .base import Completion, Reward, completion_text
 
@@ -55,6 +55,14 @@ class Head(Reward):
         self.batch_size, self.max_length = batch_size, max_length
         self.model: Any = None
         self.tokenizer: Any = None
+
+    def check(self) -> None:
+        """Look for the model's files, without loading it.
+
+        Raises:
+            FileNotFoundError: the model is nowhere; says where it was looked for.
+        """
+        check_available(self.pretrained)
 
     def place(self, device: torch.device) -> None:
         """Follow the policy, unless a device was asked for."""
