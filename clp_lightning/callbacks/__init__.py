@@ -1,0 +1,35 @@
+"""Callbacks: preferences, fronts, samples, predictions."""
+
+from .front import FrontCallback
+from .predictions import PredictionsCallback
+from .preference import (
+    AlphaSampler,
+    AnnealedAlpha,
+    CLPCallback,
+    Dirichlet,
+    Fixed,
+    FixedAlpha,
+    LogUniformAlpha,
+    UniformAlpha,
+    UniformGrid,
+    Vertices,
+    WeightSampler,
+)
+from .samples import SamplesCallback
+
+__all__ = [
+    "AlphaSampler",
+    "AnnealedAlpha",
+    "CLPCallback",
+    "Dirichlet",
+    "Fixed",
+    "FixedAlpha",
+    "FrontCallback",
+    "LogUniformAlpha",
+    "PredictionsCallback",
+    "SamplesCallback",
+    "UniformAlpha",
+    "UniformGrid",
+    "Vertices",
+    "WeightSampler",
+]
