@@ -285,7 +285,7 @@ class CLPModule(FrontSweep, PolicyModule):
 
     def _log_step(self, step: dict[str, float], grad_norm: float) -> None:
         shown = {"value"} | {f"reward/{name}" for name in self.rewards.names}
-        for name, value in {**step, **self.rewards.pop_metrics(), "grad_norm": grad_norm}.items():
+        for name, value in {**step, **self.rewards.metrics, "grad_norm": grad_norm}.items():
             self.log(f"train/{name}", value, prog_bar=name in shown)
 
     # -- state ------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def fit_statistics(module: CLPModule, prompts: int, samples: int) -> None:
     if module.rewards.fitted:
         return
     if prompts == 0:
-        module.rewards.leave_unnormalized()
+        module.rewards.leave_raw()
         return
     world_size = module.trainer.world_size
     raw = []
