@@ -50,6 +50,8 @@ def value_matrix(rewards: Tensor, kl: Tensor, *, preference: Preference) -> Tens
     u = torch.cat([(1 - alpha) * preference.weights.to(rewards), alpha], -1)
     f = torch.cat([rewards, -kl.unsqueeze(-1)], -1).transpose(-1, -2)
     missing = f.isnan()
+    if not missing.any():
+        return u @ f
     unknown = (u != 0).to(f) @ missing.to(f) > 0
     return (u @ f.masked_fill(missing, 0)).masked_fill(unknown, float("nan"))
 

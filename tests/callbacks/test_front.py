@@ -37,7 +37,7 @@ class Module(pl.LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.full_grid = False
-        self.seen: list[tuple[str, int]] = []
+        self.seen: list[tuple[bool, int]] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return (self.weight * batch.float()).mean()
@@ -65,7 +65,7 @@ class Module(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.front_report = self.front.compute()
-        self.seen.append((str(self.trainer.state.fn), len(self.front.grid)))
+        self.seen.append((self.full_grid, len(self.front.grid)))
         for name, value in self.front_report.scalars().items():
             self.log(f"val/{name}", value)
 
@@ -101,7 +101,7 @@ def test_fit_measures_small_grids_then_the_full_one_and_prints_once(
     module, run = Module(), trainer(tmp_path, TQDMProgressBar(), enable_progress_bar=True)
     run.fit(module, loader(), loader())
     # The sanity check, two epochs, and the sweep.
-    assert [size for _, size in module.seen] == [2, 2, 2, 10]
+    assert module.seen == [(False, 2), (False, 2), (False, 2), (True, 10)]
     assert not module.full_grid and run.state.fn == "fit"
 
     folder = Path(str(run.log_dir))
