@@ -333,3 +333,9 @@ def report_alone(rows: dict[str, Tensor]) -> dict[str, Any]:
 @pytest.mark.parametrize("empty", [False, True], ids=["ragged", "one empty"])
 def test_two_processes_with_different_numbers_of_responses(tmp_path: Any, empty: bool) -> None:
     mp.spawn(_ragged, (str(tmp_path), empty), nprocs=2)
+
+
+def test_envy_needs_a_value_gain_to_be_a_share_of() -> None:
+    metrics = report(NAMES, CORNERS, table(CORNERS, 5, 1, dial=0.5, seed=0)).to_dict()["metrics"]
+    assert metrics["value_gain"]["low"] < 0 < metrics["value_gain"]["mean"]
+    assert metrics["envy"] == {"mean": None, "low": None, "high": None}
