@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from string import Formatter
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,8 @@ class PromptFormat:
         self.prompt_columns = [self.source] if self.source else []
         if template is not None:
             fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-            self.prompt_columns = sorted(set(fields))
+            # "{meta[title]}" and "{meta.title}" read the column "meta".
+            self.prompt_columns = sorted({re.split(r"[.\[]", name)[0] for name in fields})
             unknown = [name for name in self.prompt_columns if name not in self.columns]
             if unknown:
                 raise ValueError(f"The template names {unknown}; the columns are: {names}.")

@@ -6,6 +6,7 @@ second ``iter()`` (Lightning calls it at will) can move the position or the coun
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -170,11 +171,18 @@ class PromptSampler(DistributedSampler):
         self._resumed = False
 
     def state_dict(self) -> dict[str, int]:
-        """Pass and position: the number of batches that were taken."""
-        return {"epoch": self.epoch, "position": self.position}
+        """Pass, position (the number of batches that were taken) and batches in a pass."""
+        return {"epoch": self.epoch, "position": self.position, "length": len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after the last batch that was taken."""
+        if state["length"] != len(self):
+            warnings.warn(
+                f"The run that is resumed had {state['length']} batches in a pass, now there are "
+                f"{len(self)}: with other data, batch sizes or processes it does not go on with "
+                "the prompts that it had not seen.",
+                stacklevel=2,
+            )
         self.epoch, self.position = state["epoch"], state["position"]
         self._resumed = True
 

@@ -152,10 +152,17 @@ class Support(Head):
     def __call__(
         self, prompts: list[Prompt], completions: list[Completion], **columns: Any
     ) -> list[float | None]:
-        """A number in [-1, 1] per completion."""
-        documents = self._documents(columns[self.document])
-        answers = F.normalize(self.run([completion_text(c) for c in completions]), dim=-1)
-        return [float(score) for score in (documents * answers).sum(-1)]
+        """A number in [-1, 1] per completion; None where there is no document."""
+        texts: list[str | None] = columns[self.document]
+        scored = [row for row, text in enumerate(texts) if text is not None]
+        scores: list[float | None] = [None] * len(texts)
+        if scored:
+            documents = self._documents([text for text in texts if text is not None])
+            answers = self.run([completion_text(completions[row]) for row in scored])
+            cosines = F.cosine_similarity(documents, answers, dim=-1)
+            for row, cosine in zip(scored, cosines.tolist(), strict=True):
+                scores[row] = cosine
+        return scores
 
     def load(self) -> None:
         """Load the encoder; the packaged one only if its bytes are the published ones.
@@ -180,13 +187,12 @@ class Support(Head):
         return (states * mask).sum(1) / mask.sum(1)
 
     def _documents(self, texts: list[str]) -> Tensor:
-        """Normalised embeddings, shape (B, D); the same documents come again and again."""
+        """Embeddings, shape (B, D), remembered: the same documents come again and again."""
         if len(self._embedded) > 10_000:
             self._embedded.clear()
         new = [text for text in dict.fromkeys(texts) if text not in self._embedded]
         if new:
-            rows = F.normalize(self.run(new), dim=-1)
-            self._embedded.update(zip(new, rows, strict=True))
+            self._embedded.update(zip(new, self.run(new), strict=True))
         return torch.stack([self._embedded[text] for text in texts])
 
 

@@ -53,6 +53,8 @@ def test_template_and_conversation() -> None:
     got = batch(rows, template="{document}?", system="Be kind.", conversational=True)
     assert got.prompts == [[SYSTEM, {"role": "user", "content": "D?"}]]
     assert got.columns == {"document": ["D"], "summary": ["S"]}
+    nested = [{"meta": {"title": "T"}}]
+    assert batch(nested, template="{{{meta[title]}}}").prompts == ["{T}"]
     # A template outranks a prompt column, which then is a column like any other.
     got = batch([{"prompt": "p", "x": 1}], template="{prompt}{x}")
     assert (got.prompts, got.columns) == (["p1"], {"prompt": ["p"], "x": [1]})

@@ -59,6 +59,21 @@ def test_sources(tmp_path: Path, kind: str) -> None:
     assert data.column_names == ["level"]
 
 
+def test_messages_that_differ_in_their_keys(tmp_path: Path) -> None:
+    first = [
+        {"role": "user", "content": "Hi", "name": "Ann"},
+        {"role": "assistant", "content": "!"},
+    ]
+    second = [{"role": "user", "content": "Ho"}, {"role": "assistant", "content": "?"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (first, second)))
+    data = ready(source=str(path), holdout=0, seed=0)
+    (batch,) = data.train_dataloader()
+    order = batch.prompt_ids.tolist()
+    assert batch.prompts == [[first[:1], second[:1]][i] for i in order]
+    assert batch.columns == {"completion": [[first[1:], second[1:]][i] for i in order]}
+
+
 def test_the_default_source_needs_nothing() -> None:
     data = PromptDataModule(batch_size=4)
     data.prepare_data()
@@ -122,7 +137,7 @@ def test_statistics_batches_are_the_first_of_the_first_pass() -> None:
     assert ids(data.statistics_batches(7)) == order[:7]
     assert ids(data.statistics_batches(2)) == order[:2]
     assert len(ids(data.statistics_batches(100))) == 10
-    assert loader.state_dict() == {"epoch": 0, "position": 1}
+    assert loader.state_dict() == {"epoch": 0, "position": 1, "length": 3}
 
 
 def test_processes_share_the_statistics_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,10 +223,10 @@ def test_arguments_from_the_command_line() -> None:
             "--data.columns={completion: summary}",
         ]
     )
-    data = parser.instantiate_classes(config).data
+    data = parser.instantiate(config).data
     assert isinstance(data.source, Docstrings)
     assert (data.source.max_words, data.holdout) == (45, 96)
-    plain = parser.instantiate_classes(parser.parse_args(["--data.source=rows.jsonl"])).data
+    plain = parser.instantiate(parser.parse_args(["--data.source=rows.jsonl"])).data
     assert plain.source == "rows.jsonl"
 
 

