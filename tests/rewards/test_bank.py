@@ -318,6 +318,12 @@ def test_statistics_travel_in_the_state() -> None:
     assert RewardBank({"a": length}, statistics={"a": [0, 1]}).fitted
 
 
+def test_rewards_can_be_left_raw() -> None:
+    bank = RewardBank({"a": length, "b": length}, statistics={"b": [1.0, 2.0]})
+    bank.leave_raw()
+    assert bank.normalize(torch.tensor([[5.0, 5.0]])).tolist() == [[5.0, 2.0]]
+
+
 def test_bad_statistics_are_refused() -> None:
     with pytest.raises(ValueError, match=r"statistics names \['b'\]"):
         RewardBank({"a": length}, statistics={"b": [0, 1]})
