@@ -46,6 +46,7 @@ _HOME = {
     "Reward": "rewards",
     "RewardBank": "rewards",
     "Rollout": "types",
+    "RunCheckpoint": "callbacks",
     "Rouge": "rewards",
     "SamplesCallback": "callbacks",
     "Sampling": "policy",

@@ -24,6 +24,10 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"seed_everything": 0, "trainer.use_distributed_sampler": False})
 
+    def _parse_ckpt_path(self) -> None:
+        """The command line decides: Lightning would let the hyperparameters of a checkpoint file
+        replace what was asked for. A checkpoint that does not fit is refused when it is loaded."""
+
     def before_instantiate_classes(self) -> None:
         """Lets ``--ckpt_path`` name a run folder."""
         config = self.config.get(self.subcommand, {}) if self.subcommand else {}
@@ -34,7 +38,7 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         """A run that was resumed behind its last step has trained nothing and swept nothing."""
         fronts = [c for c in self.trainer.callbacks if isinstance(c, FrontCallback)]
-        if fronts and not any(front.path for front in fronts):
+        if fronts and not any(front.swept for front in fronts):
             self.trainer.validate(self.model, datamodule=self.datamodule)
 
 

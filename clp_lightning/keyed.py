@@ -28,8 +28,11 @@ def generator(*key: int) -> torch.Generator:
         >>> a, b = generator(0, 1, 2), generator(0, 1, 2)
         >>> bool(torch.rand(1, generator=a) == torch.rand(1, generator=b))
         True
+        >>> bool(torch.rand(1, generator=a) == torch.rand(1, generator=generator(0, 1, 2, 0)))
+        False
     """
-    (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    # With its length, because numpy fills short keys up with zeros.
+    (state,) = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 

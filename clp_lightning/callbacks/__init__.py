@@ -1,5 +1,6 @@
 """Callbacks: preferences, fronts, samples, predictions."""
 
+from .checkpoint import RunCheckpoint
 from .front import FrontCallback
 from .predictions import PredictionsCallback
 from .preference import (
@@ -27,6 +28,7 @@ __all__ = [
     "FrontCallback",
     "LogUniformAlpha",
     "PredictionsCallback",
+    "RunCheckpoint",
     "SamplesCallback",
     "UniformAlpha",
     "UniformGrid",

@@ -39,9 +39,11 @@ class FrontCallback(Callback):
 
     Attributes:
         path: Of the newest front.json of this run, on rank zero; None before there is one.
+        swept: Whether this object's ``fit`` has measured the full grid.
     """
 
     path: Path | None = None
+    swept: bool = False
     _front: dict[str, Any]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -66,6 +68,7 @@ class FrontCallback(Callback):
 
         Here, because by ``on_fit_end`` the strategy has moved the model to the CPU.
         """
+        self.swept = True
         if trainer.enable_validation:
             with _validating(trainer), _full_grid(pl_module):
                 trainer.validate_loop.run()

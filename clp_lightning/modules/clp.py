@@ -144,6 +144,11 @@ class CLPModule(FrontSweep, PolicyModule):
 
     # -- building ---------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "column_names"):  # before the model is loaded
+            self.rewards.check_columns(data.column_names)
+
     def configure_model(self) -> None:
         self.policy.build(self.rewards.names, self.seed)
 

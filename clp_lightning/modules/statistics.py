@@ -42,6 +42,8 @@ def fit_statistics(module: CLPModule, prompts: int, samples: int) -> None:
     raw = []
     with module.policy.reference():
         for batch in _first(_batches(module, prompts), -(-prompts // world_size)):
+            preference = uniform_preference(len(batch), len(module.rewards.names))
+            batch = replace(batch, preference=preference.to(module.device))
             rollout = module.engine.generate(module.policy, batch, samples, module.sampling)
             raw.append(module.rewards(rollout).raw)
     if not raw:

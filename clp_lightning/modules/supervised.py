@@ -103,7 +103,7 @@ class SupervisedModule(PolicyModule):
         step = self.tally.reduce(self.sum_over_ranks)
         self.log("val/loss", step["loss"], prog_bar=True)
 
-    def on_train_end(self) -> None:
+    def on_fit_end(self) -> None:  # called also where a resumed run has nothing left to train
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "base"
         self.save(folder)
         rank_zero_info(f"base: {folder}")

@@ -15,6 +15,7 @@ from ..conditioning import Conditioner
 from ..pretrained import Pretrained
 from ..types import Preference, Prompt, Rollout
 from .encoding import Encoding, pad
+from .linear import speed_up_frozen_linears
 from .scoring import score_full, score_shared
 
 __all__ = ["Policy"]
@@ -71,6 +72,7 @@ class Policy(nn.Module):
         self.tokenizer = pretrained_models.load_tokenizer(self.pretrained)
         self.model = pretrained_models.load_model(self.pretrained)
         self.conditioner.attach(self.model, names, seed)
+        speed_up_frozen_linears(self.model)
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": self.conditioner.checkpoint_context}
