@@ -60,7 +60,7 @@ _HOME = {
     "Weights": "conditioning",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0604
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

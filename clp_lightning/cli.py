@@ -25,8 +25,11 @@ class CLI(LightningCLI):
         parser.set_defaults({"seed_everything": 0, "trainer.use_distributed_sampler": False})
 
     def _parse_ckpt_path(self) -> None:
-        """The command line decides: Lightning would let the hyperparameters of a checkpoint file
-        replace what was asked for. A checkpoint that does not fit is refused when it is loaded."""
+        """The command line decides, not the hyperparameters of a checkpoint.
+
+        Lightning would let them replace what was asked for. A checkpoint that does not fit is
+        refused when it is loaded.
+        """
 
     def before_instantiate_classes(self) -> None:
         """Lets ``--ckpt_path`` name a run folder."""

@@ -50,8 +50,7 @@ def uniforms(seed: int, epoch: int, prompt_ids: Tensor, sample: Tensor, length: 
         Float64, shape (B, T). Row b depends on its own key only, and a shorter
         ``length`` gives a prefix of a longer one.
     """
-    rows = [
-        np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, epoch, p, s)))).random(length)
-        for p, s in zip(prompt_ids.tolist(), sample.tolist(), strict=True)
-    ]
+    keys = [(seed, epoch, p, s) for p, s in zip(prompt_ids.tolist(), sample.tolist(), strict=True)]
+    bits = [np.random.PCG64(np.random.SeedSequence(key)) for key in keys]
+    rows = [np.random.Generator(source).random(length) for source in bits]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, length, dtype=torch.float64)

@@ -18,8 +18,9 @@ __all__ = ["SamplesCallback"]
 
 
 class SamplesCallback(Callback):
-    """Shows what turning the dial does: greedy answers to held-out prompts, printed at the end
-    of ``fit`` and logged as a table.
+    """Shows what turning the dial does: greedy answers to held-out prompts.
+
+    They are printed at the end of ``fit`` and logged as a table.
 
     Args:
         prompts: Number of prompts.

@@ -70,9 +70,7 @@ class Gate(Coefficients):
         shared: As in ``Coefficients``.
     """
 
-    def __init__(
-        self, hidden: int = 16, shared: Literal["scaled", "constant"] = "scaled"
-    ) -> None:
+    def __init__(self, hidden: int = 16, shared: Literal["scaled", "constant"] = "scaled") -> None:
         super().__init__(shared)
         self.hidden = hidden
         self.gate: nn.Sequential | None = None
@@ -205,8 +203,11 @@ class Conditioner(Described, nn.Module, ABC):
     def checkpoint_context(
         self,
     ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """``context_fn`` of torch.utils.checkpoint: the recomputation in the backward pass, when
-        the block has long been left, runs under the preference of its forward."""
+        """``context_fn`` of torch.utils.checkpoint.
+
+        The recomputation in the backward pass, when the block has long been left, runs under the
+        preference of its forward.
+        """
         scope = self.scope
         # A cache made without gradients must not leak into the recomputation.
         return nullcontext(), self.open(Scope(scope.coefficients))
@@ -219,11 +220,7 @@ class Conditioner(Described, nn.Module, ABC):
         Args:
             used: True where some coefficient was not 0, shape (K + 1,), the shared part last.
         """
-        for active, parameters in zip(
-            used.tolist(), [*self.copies(), self.shared()], strict=True
-        ):
+        for active, parameters in zip(used.tolist(), [*self.copies(), self.shared()], strict=True):
             if not active:
                 for parameter in parameters:
                     parameter.grad = None
-
-

@@ -22,7 +22,9 @@ def linear_names(model: nn.Module) -> list[str]:
 def _in_attention(name: str) -> bool:
     # By ancestor, not by the layer's own name: GPT-2 calls both its attention's and its MLP's
     # output c_proj, and fused projections have a name of their own in every family.
-    return any("attn" in part.lower() or "attention" in part.lower() for part in name.split(".")[:-1])
+    return any(
+        "attn" in part.lower() or "attention" in part.lower() for part in name.split(".")[:-1]
+    )
 
 
 def select_layers(

@@ -114,8 +114,10 @@ class PolicyModule(Described, LightningModule):
         return {"base": self.base_identity()}
 
     def kept_state(self) -> Iterator[str]:
-        """Names of the state that checkpoints hold: trained parameters and the buffers of this
-        library (the base's own buffers come with the base)."""
+        """Names of the state that checkpoints hold: what is trained, and the library's buffers.
+
+        The base's own buffers come with the base.
+        """
         yield from (f"policy.{name}" for name in self.policy.trained_parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

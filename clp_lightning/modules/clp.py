@@ -112,9 +112,7 @@ class CLPModule(FrontSweep, PolicyModule):
         self.seed = resolve_seed(seed)
         encoding = Encoding(max_prompt_tokens, on_long, chat_template_kwargs)
         policy = Policy(pretrained, conditioner, encoding, temperature, gradient_checkpointing)
-        super().__init__(
-            policy, lr, lr_shared, weight_decay, warmup_steps, optimizer, lr_scheduler
-        )
+        super().__init__(policy, lr, lr_shared, weight_decay, warmup_steps, optimizer, lr_scheduler)
         if samples_per_prompt < 2:
             raise ValueError(
                 f"samples_per_prompt is {samples_per_prompt}; the leave-one-out baseline of a "
@@ -201,8 +199,11 @@ class CLPModule(FrontSweep, PolicyModule):
         return rollout.select(scores.kept), scores.select(scores.kept)
 
     def signals(self, scores: Scores, ratio: Tensor, rollout: Rollout) -> Tensor:
-        """What each token is held to account for, shape (B, T, K + 1): the normalised rewards of
-        its response, and the KL from it to the end; NaN where a reward did not score."""
+        """What each token is held to account for, shape (B, T, K + 1).
+
+        The normalised rewards of its response, and the KL from it to the end; NaN where a reward
+        did not score.
+        """
         rewards = self.rewards.normalize(scores.raw).to(ratio)  # (B, K)
         if self.truncation_penalty:
             rewards = rewards - self.truncation_penalty * rollout.truncated.to(ratio)[:, None]
@@ -234,8 +235,8 @@ class CLPModule(FrontSweep, PolicyModule):
         self.scale_gradients(step.pop("nominal"), step.pop("kept"))
         used = [step.pop(f"used/{i}") > 0 for i in range(len(self.rewards.names) + 1)]
         self.policy.conditioner.drop_idle_gradients(torch.tensor(used))
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.own_parameters() if p.grad is not None])
-        self._log_step(step, float(norm))
+        grads = [p.grad for p in self.own_parameters() if p.grad is not None]
+        self._log_step(step, float(torch.nn.utils.get_total_norm(grads)))
 
     def _check(self, step: dict[str, float]) -> None:
         """Ends the run on all ranks together, before the weights are touched."""
@@ -309,7 +310,9 @@ class CLPModule(FrontSweep, PolicyModule):
         return path or None
 
     def _trainer_state(self) -> Any:
-        return None if self._trainer is None else TrainerState(self.global_step, self.trainer.max_steps)
+        if self._trainer is None:
+            return None
+        return TrainerState(self.global_step, self.trainer.max_steps)
 
 
 class TrainerState:

@@ -124,9 +124,7 @@ class FrontSweep(LightningModule):
             preference = uniform_preference(len(batch), grid.num_rewards).to(self.device)
             asked = replace(batch, preference=preference)
             with self.policy.reference():
-                rollout = self.engine.generate(
-                    self.policy, asked, self.eval_samples, self.sampling
-                )
+                rollout = self.engine.generate(self.policy, asked, self.eval_samples, self.sampling)
             return rollout, torch.full((len(rollout),), points)
         asked = replace(batch, preference=grid[torch.tensor(points)].to(self.device))
         rollout = self.engine.generate(self.policy, asked, self.eval_samples, self.sampling)

@@ -107,9 +107,7 @@ class Encoding(Described):
         kept = len(content)
         while True:
             message = {**messages[longest], "content": tokenizer.decode(content[:kept])}
-            ids = self._render(
-                [*messages[:longest], message, *messages[longest + 1 :]], tokenizer
-            )
+            ids = self._render([*messages[:longest], message, *messages[longest + 1 :]], tokenizer)
             excess = len(ids) - self.max_prompt_tokens
             if excess <= 0:
                 return ids

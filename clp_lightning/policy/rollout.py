@@ -76,8 +76,7 @@ class TransformersEngine(Engine):
             completions=_texts(policy, response_ids, mask),
             truncated=~finished if policy.stop_ids else torch.zeros_like(finished),
             columns={
-                name: [column[g] for g in groups.tolist()]
-                for name, column in batch.columns.items()
+                name: [column[g] for g in groups.tolist()] for name, column in batch.columns.items()
             },
             logp=logp,
             reference_input_ids=None if plain is None else plain[0][rows],

@@ -94,8 +94,9 @@ def test_gradients_scale_with_the_coefficients(tiny_folder: Callable[..., Path])
         with policy.conditioner.merged(Preference.single(weights, 0.2)):
             policy.model(ids).logits.square().mean().backward()
         copies = policy.conditioner.copies()
-        norms.append([torch.stack([p.grad.norm() for p in c if p.grad is not None]).norm()
-                      for c in copies])
+        norms.append(
+            [torch.stack([p.grad.norm() for p in c if p.grad is not None]).norm() for c in copies]
+        )
     torch.testing.assert_close(norms[0][0] / norms[1][0], torch.tensor(0.5), atol=1e-5, rtol=0)
     torch.testing.assert_close(norms[0][1] / norms[1][1], torch.tensor(1.5), atol=1e-5, rtol=0)
 
@@ -137,8 +138,12 @@ def test_start_from_existing_adapters(tiny_folder: Callable[..., Path], tmp_path
         if "lora_B" in name:
             parameter.data.normal_(std=0.3)
     tuned.save_pretrained(tmp_path / "adapter")
-    lora = LoRA(rank=2, shared_rank=0, coefficients=Weights(),
-                start_from={"kind": str(tmp_path / "adapter")})
+    lora = LoRA(
+        rank=2,
+        shared_rank=0,
+        coefficients=Weights(),
+        start_from={"kind": str(tmp_path / "adapter")},
+    )
     policy = build_policy(folder, lora)
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():

@@ -17,9 +17,7 @@ def user(text: str) -> list[dict[str, str]]:
 def test_a_conversation_goes_through_the_template() -> None:
     (ids,) = Encoding()([user("hi")], CHAT)
     text = CHAT.decode(ids)
-    assert text == (
-        "<|start|>system\nHelp.<|end|>\n<|start|>user\nhi<|end|>\n<|start|>assistant\n"
-    )
+    assert text == ("<|start|>system\nHelp.<|end|>\n<|start|>user\nhi<|end|>\n<|start|>assistant\n")
 
 
 def test_truncation_keeps_the_template_and_its_tail() -> None:

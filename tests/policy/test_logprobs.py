@@ -123,9 +123,7 @@ def test_gradient_checkpointing_changes_nothing(
     batch = prompt_batch(PROMPTS)
     results = []
     for checkpointing in (False, True):
-        policy = build_policy(
-            tiny_folder(kind), perturb=0.1, gradient_checkpointing=checkpointing
-        )
+        policy = build_policy(tiny_folder(kind), perturb=0.1, gradient_checkpointing=checkpointing)
         assert policy.model.training
         rollout = TransformersEngine().generate(policy, batch, 2, Sampling(12))
         with policy.conditioned(rollout.preference):

@@ -11,6 +11,7 @@ from clp_lightning.policy.sampling import sample_tokens, truncate_logits
 from tests.helpers import build_policy, prompt_batch
 from tests.tiny import END, EOS, KINDS
 
+
 # 0.999 quantile of chi-square with d degrees of freedom is about d + 3.1 sqrt(2 d) + 6.
 def _chi_square_bound(degrees: int) -> float:
     return degrees + 3.1 * (2 * degrees) ** 0.5 + 6
@@ -83,9 +84,7 @@ def test_several_stop_ids_and_what_follows_them(tiny_folder: Callable[..., Path]
     ended = (stops & rollout.response_mask).any(1)
     assert ended.any() and not ended.all()
     assert torch.equal(rollout.truncated, ~ended)
-    for ids, mask, end in zip(
-        rollout.response_ids, rollout.response_mask, ended, strict=True
-    ):
+    for ids, mask, end in zip(rollout.response_ids, rollout.response_mask, ended, strict=True):
         kept = ids[mask]
         inside = torch.isin(kept[:-1], torch.tensor([EOS, END]))
         assert not inside.any()
