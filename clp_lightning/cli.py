@@ -40,7 +40,8 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """A run that was resumed behind its last step has trained nothing and swept nothing."""
-        fronts = [c for c in self.trainer.callbacks if isinstance(c, FrontCallback)]
+        trainer: Any = self.trainer  # whose `callbacks` Lightning does not declare
+        fronts = [c for c in trainer.callbacks if isinstance(c, FrontCallback)]
         if fronts and not any(front.swept for front in fronts):
             self.trainer.validate(self.model, datamodule=self.datamodule)
 

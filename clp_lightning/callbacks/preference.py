@@ -244,11 +244,11 @@ class CLPCallback(Callback, Described):
         return Preference(weights, torch.tensor(alpha, dtype=weights.dtype))
 
     @staticmethod
-    def _names(pl_module: LightningModule) -> list[str]:
+    def _names(pl_module: Any) -> list[str]:
         names: list[str] = pl_module.rewards.names
         return names
 
     @staticmethod
-    def _one_per_batch(pl_module: LightningModule) -> bool:
+    def _one_per_batch(pl_module: Any) -> bool:
         one: bool = pl_module.policy.conditioner.one_preference_per_batch
         return one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -39,16 +40,17 @@ class SamplesCallback(Callback):
             return
         batch = next(iter(loaders))
         batch = batch.select(range(min(self.prompts, len(batch))))
-        grid = self.grid or Grid(divisions=1, alphas=pl_module.grid.alphas[:1])
-        names = pl_module.rewards.names
+        module: Any = pl_module
+        grid = self.grid or Grid(divisions=1, alphas=module.grid.alphas[:1])
+        names: list[str] = module.rewards.names
         preferences = grid.preferences(names)
-        greedy = replace(pl_module.sampling, temperature=0.0)
+        greedy = replace(module.sampling, temperature=0.0)
         rows = [row for row in range(len(batch)) for _ in range(len(preferences))]
         points = torch.arange(len(preferences)).repeat(len(batch))
         asked = replace(
-            batch.select(rows), preference=preferences[points].to(pl_module.device), parts=1
+            batch.select(rows), preference=preferences[points].to(module.device), parts=1
         )
-        rollout = pl_module.engine.generate(pl_module.policy, asked, 1, greedy)
+        rollout = module.engine.generate(module.policy, asked, 1, greedy)
         self._rows = [
             (_text(rollout.prompts[b]), _weights(rollout.preference.weights[b].tolist(), names), c)
             for b, c in enumerate(rollout.completions)

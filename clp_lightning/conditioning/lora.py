@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
@@ -20,6 +21,8 @@ from .targets import select_layers
 __all__ = ["LoRA"]
 
 SHARED = "shared"
+Layer = Any
+"""A PEFT ``LoraLayer``: a module whose parts, by adapter name, exist at run time only."""
 
 
 class LoRA(Conditioner):
@@ -65,7 +68,7 @@ class LoRA(Conditioner):
         self.shared_targets = shared_targets
         self.start_from = dict(start_from or {})
         self._model: nn.Module
-        self._layers: dict[str, LoraLayer] = {}
+        self._layers: dict[str, Layer] = {}
         self._adapters: dict[str, int] = {}
 
     def attach(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
@@ -98,7 +101,7 @@ class LoRA(Conditioner):
         for name, layer in self._layers.items():
             _refuse_nonlinear(name, layer)
             columns = self._columns(layer)
-            layer.forward = partial(self._stacked_forward, layer, columns)  # type: ignore[method-assign]
+            layer.forward = partial(self._stacked_forward, layer, columns)
         for parameters in [*self.copies(), self.shared()]:
             for parameter in parameters:
                 # Small updates vanish in half precision, whatever the base is kept in.
@@ -114,7 +117,7 @@ class LoRA(Conditioner):
             lora_dropout=0.0,
         )
 
-    def _columns(self, layer: LoraLayer) -> Tensor:
+    def _columns(self, layer: Layer) -> Tensor:
         """Coefficient column of every stacked rank of ``layer``, shape (R,)."""
         return torch.cat(
             [
@@ -124,10 +127,10 @@ class LoRA(Conditioner):
             ]
         )
 
-    def _stacked_forward(self, layer: LoraLayer, columns: Tensor, x: Tensor) -> Tensor:
+    def _stacked_forward(self, layer: Layer, columns: Tensor, x: Tensor) -> Tensor:
         """``base(x) + B diag(c) A x``, the adapters stacked; x has shape (rows, ..., in)."""
         scope = self.scope
-        out: Tensor = layer.base_layer(x)  # type: ignore[operator]
+        out: Tensor = layer.base_layer(x)
         if scope.coefficients is None:
             return out
         # Decoding calls a layer once a token; with gradients the stack is part of the graph.
@@ -151,7 +154,7 @@ class LoRA(Conditioner):
         hidden = F.linear(layer._cast_input_dtype(x, down.dtype), down) * mix
         return out + F.linear(hidden, up).to(out.dtype)
 
-    def _stack(self, layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    def _stack(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """A, shape (R, in), and B with the adapters' scales in it, shape (out, R)."""
         adapters = [adapter for adapter in self._adapters if adapter in layer.lora_A]
         down = torch.cat([layer.lora_A[adapter].weight for adapter in adapters])
@@ -175,7 +178,7 @@ class LoRA(Conditioner):
         ]
 
     @torch.no_grad()
-    def delta(self, layer: LoraLayer, preference: Preference) -> Tensor:
+    def delta(self, layer: Layer, preference: Preference) -> Tensor:
         """What one preference adds to a layer's weight, in the weight's own layout."""
         down, up = self._stack(layer)
         coefficients = self.coefficients(preference)[0, self._columns(layer).to(down.device)]
@@ -214,7 +217,7 @@ def _inject(model: nn.Module, adapter: str, config: LoraConfig, folder: str | No
     inject_adapter_in_model(stored, model, adapter_name=adapter)
     # PEFT saves names below its own wrapper.
     plain = {key.removeprefix("base_model.model."): value for key, value in found.items()}
-    result = set_peft_model_state_dict(model, plain, adapter_name=adapter)
+    result: Any = set_peft_model_state_dict(model, plain, adapter_name=adapter)
     if result.unexpected_keys:
         raise ValueError(
             f"{folder} holds layers that this model lacks: {result.unexpected_keys[:3]}. "
@@ -222,7 +225,7 @@ def _inject(model: nn.Module, adapter: str, config: LoraConfig, folder: str | No
         )
 
 
-def _refuse_nonlinear(name: str, layer: LoraLayer) -> None:
+def _refuse_nonlinear(name: str, layer: Layer) -> None:
     """Mixing outputs equals mixing parameters only for plain LoRA on linear layers."""
     why = ""
     if not hasattr(layer, "lora_A") or not len(layer.lora_A):

@@ -76,8 +76,8 @@ def _keep_last(chosen: list[str], names: list[str], last_blocks: int) -> list[st
         return (name[: found.start()], int(found[1])) if found else None
 
     depth: dict[str, int] = {}
-    for where in filter(None, map(place, names)):
-        depth[where[0]] = max(depth.get(where[0], 0), where[1] + 1)
+    for stack, block in filter(None, map(place, names)):
+        depth[stack] = max(depth.get(stack, 0), block + 1)
     if last_blocks < 1:
         raise ValueError(f"last_blocks must be at least 1; got {last_blocks}.")
     return [

@@ -184,8 +184,9 @@ class PolicyModule(Described, LightningModule):
         """Adds up ``values`` over all processes; on one it is the identity."""
         if self.trainer.world_size == 1:
             return values
-        reduced = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
-        return reduced.cpu()  # type: ignore[union-attr]
+        reduced: Any = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
+        total: torch.Tensor = reduced.cpu()
+        return total
 
     def scale_gradients(self, nominal: float, counted: float) -> None:
         """From the mean over ranks and micro-batches of (sum / nominal) to sum / ``counted``.

@@ -143,7 +143,7 @@ class CLPModule(FrontSweep, PolicyModule):
     # -- building ---------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "column_names"):  # before the model is loaded
             self.rewards.check_columns(data.column_names)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -59,11 +59,11 @@ def fit_statistics(module: CLPModule, prompts: int, samples: int) -> None:
 def _batches(module: CLPModule, prompts: int) -> Iterable[PromptBatch]:
     """Training prompts of this rank, without moving the training loader's position."""
     trainer = module.trainer
-    data = getattr(trainer, "datamodule", None)
+    data: Any = getattr(trainer, "datamodule", None)
     if hasattr(data, "statistics_batches"):
         return data.statistics_batches(prompts)
     source = trainer.fit_loop._data_source if trainer.training else None
-    loader = source.instance if source is not None else None
+    loader: Any = source.instance if source is not None else None
     if loader is None:
         loaders = trainer.val_dataloaders or trainer.test_dataloaders
         loader = loaders[0] if isinstance(loaders, list) else loaders

@@ -60,7 +60,7 @@ class Encoding(Described):
 
     def _encode(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, keep: str) -> list[int]:
         if isinstance(prompt, str):
-            ids: list[int] = tokenizer(prompt)["input_ids"]  # type: ignore[assignment]
+            ids: list[int] = tokenizer(prompt)["input_ids"]
         else:
             ids = self._render(prompt, tokenizer)
         if not ids:
@@ -91,7 +91,7 @@ class Encoding(Described):
             continue_final_message=prefill,
             **self.chat_template_kwargs,
         )
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def _shorten(
@@ -124,7 +124,7 @@ def _cut(prompt: str, tokenizer: PreTrainedTokenizerBase, limit: int, keep: str)
     side = tokenizer.truncation_side
     tokenizer.truncation_side = "left" if keep == "end" else "right"
     try:
-        ids: list[int] = tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]  # type: ignore[assignment]
+        ids: list[int] = tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]
     finally:
         tokenizer.truncation_side = side
     return ids

@@ -53,7 +53,7 @@ class _FrozenLinear(torch.autograd.Function):
     """``x W' + b`` with a gradient for x alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
         with _onednn():
             # Rows, because a slice of a (B, T, d) tensor would copy the weight for every b.
@@ -61,7 +61,7 @@ class _FrozenLinear(torch.autograd.Function):
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         with _onednn():
             back = grad.reshape(-1, grad.shape[-1]) @ weight

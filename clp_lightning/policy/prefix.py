@@ -8,6 +8,7 @@ The same three calls serve causal and encoder-decoder models, sampling and scori
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as memoize
 from typing import Any
@@ -52,13 +53,13 @@ class Prefix:
 
 
 @memoize
-def _parameters(model_class: type[PreTrainedModel]) -> frozenset[str]:
-    return frozenset(inspect.signature(model_class.forward).parameters)
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def accepted(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
     """Those of ``options`` that the model's forward names."""
-    names = _parameters(type(model))
+    names = _parameters(type(model).forward)
     return {name: value for name, value in options.items() if name in names}
 
 
