@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from .prefix import extend, read_prompt
 from .sampling import Sampling, sample_tokens
 
 __all__ = ["Engine", "TransformersEngine"]
+
+# Finished responses are computed along until only this share of the rows is left.
+_COMPACT_AT = 0.75
 
 
 class Engine(Described, ABC):
@@ -96,20 +100,34 @@ class TransformersEngine(Engine):
         stop = torch.tensor(policy.stop_ids, device=rows.device, dtype=torch.long)
         with policy.rows(torch.arange(len(input_ids), device=rows.device)):
             prefix = read_prompt(policy.model, input_ids, prompt_mask).select(rows)
+        shape = (len(rows), sampling.max_new_tokens)
+        tokens = torch.full(shape, policy.pad_id, device=rows.device)
+        mask = torch.zeros(shape, dtype=torch.bool, device=rows.device)
+        wide = torch.promote_types(prefix.logits.dtype, torch.float32)
+        logps = torch.zeros(shape, dtype=wide, device=rows.device)
         finished = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        tokens, masks, logps = [], [], []
-        with policy.rows(rows):
+        running = torch.arange(len(rows), device=rows.device)  # responses the model still computes
+        scope = ExitStack()
+        with scope:
+            scope.enter_context(policy.rows(rows))
             for step in range(sampling.max_new_tokens):
-                token, logp = sample_tokens(prefix.logits, uniform[:, step], sampling)
-                masks.append(~finished)
-                tokens.append(token.masked_fill(finished, policy.pad_id))
-                logps.append(logp.masked_fill(finished, 0))
+                token, logp = sample_tokens(prefix.logits, uniform[running, step], sampling)
                 # The first stop token ends the response and belongs to it; nothing else does.
-                finished = finished | torch.isin(token, stop)
-                if finished.all() or step + 1 == sampling.max_new_tokens:
+                open_ = ~finished[running]
+                mask[running, step] = open_
+                tokens[running, step] = token.where(open_, tokens[running, step])
+                logps[running, step] = logp.where(open_, 0.0)
+                finished[running] |= torch.isin(token, stop)
+                left = (~finished[running]).nonzero().squeeze(-1)
+                if not len(left) or step + 1 == sampling.max_new_tokens:
                     break
-                extend(policy.model, prefix, tokens[-1].unsqueeze(-1))
-        return torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logps, 1), finished
+                if len(left) <= _COMPACT_AT * len(running):
+                    prefix, token, running = prefix.select(left), token[left], running[left]
+                    scope.close()
+                    scope.enter_context(policy.rows(rows[running]))
+                extend(policy.model, prefix, token.unsqueeze(-1))
+        length = step + 1
+        return tokens[:, :length], mask[:, :length], logps[:, :length], finished
 
 
 def _texts(policy: Policy, response_ids: Tensor, mask: Tensor) -> list[str]:
