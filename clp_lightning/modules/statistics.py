@@ -38,30 +38,38 @@ def fit_statistics(module: CLPModule, prompts: int, samples: int) -> None:
     if prompts == 0:
         module.rewards.leave_raw()
         return
-    world_size = module.trainer.world_size
-    raw = []
+    keys, raw = [], []
     with module.policy.reference():
-        for batch in _first(_batches(module, prompts), -(-prompts // world_size)):
+        for batch in _batches(module, prompts):
             preference = uniform_preference(len(batch), len(module.rewards.names))
             batch = replace(batch, preference=preference.to(module.device))
             rollout = module.engine.generate(module.policy, batch, samples, module.sampling)
-            raw.append(module.rewards(rollout).raw)
+            keys.append(torch.stack([rollout.prompt_ids.cpu(), rollout.sample.cpu()], dim=1))
+            raw.append(module.rewards(rollout).raw.cpu())
     if not raw:
         raise ValueError("There is no prompt to measure the rewards' statistics on.")
-    scores = torch.cat(raw)
+    module.rewards.fit(_merged(module.trainer.world_size, torch.cat(keys), torch.cat(raw)))
+
+
+def _merged(world_size: int, keys: Tensor, raw: Tensor) -> Tensor:
+    """The scores of all ranks, each response once, in an order that does not depend on ranks."""
     if world_size > 1:
-        gathered: list[torch.Tensor] = [torch.empty(0)] * world_size
-        torch.distributed.all_gather_object(gathered, scores.cpu())
-        scores = torch.cat(gathered)
-    module.rewards.fit(scores)
+        parts: list[Any] = [None] * world_size
+        torch.distributed.all_gather_object(parts, (keys, raw))
+        keys = torch.cat([part[0] for part in parts])
+        raw = torch.cat([part[1] for part in parts])
+    unique, group = torch.unique(keys, dim=0, return_inverse=True)
+    first = torch.full((len(unique),), len(keys))
+    return raw[first.scatter_reduce(0, group, torch.arange(len(keys)), "amin")]
 
 
-def _batches(module: CLPModule, prompts: int) -> Iterable[PromptBatch]:
+def _batches(module: CLPModule, prompts: int) -> Iterator[PromptBatch]:
     """Training prompts of this rank, without moving the training loader's position."""
     trainer = module.trainer
     data: Any = getattr(trainer, "datamodule", None)
     if hasattr(data, "statistics_batches"):
-        return data.statistics_batches(prompts)
+        # It deals the prompts to the ranks itself.
+        return _first(data.statistics_batches(prompts), prompts)
     source = trainer.fit_loop._data_source if trainer.training else None
     loader: Any = source.instance if source is not None else None
     if loader is None:
@@ -74,7 +82,7 @@ def _batches(module: CLPModule, prompts: int) -> Iterable[PromptBatch]:
             "There are no prompts to measure the rewards' statistics on. Load a trained "
             "checkpoint, pass a PromptDataModule, or set statistics_prompts=0."
         )
-    return loader
+    return _first(loader, -(-prompts // trainer.world_size))
 
 
 def _first(batches: Iterable[PromptBatch], prompts: int) -> Iterator[PromptBatch]:
