@@ -1,6 +1,6 @@
 """One step beside TRL's RLOO: the same rollout, rewards and reference, through its own trainer.
 
-With K = 1 and KL-to-go off, our return is (1 - alpha) (R - beta KL) with beta = alpha / (1 - alpha),
+With K = 1 and KL-to-go off, our return is (1 - alpha) (R - beta KL), beta = alpha / (1 - alpha),
 which is (1 - alpha) times TRL's.
 """
 
@@ -18,7 +18,7 @@ from trl import RLOOConfig, RLOOTrainer
 
 from clp_lightning import CLPModule, LoRA, Preference, PromptBatch, Rollout
 from clp_lightning.conditioning import Weights
-from clp_lightning.functional import log_ratio, masked_sum
+from clp_lightning.functional import masked_sum
 from clp_lightning.rewards import Scores
 from tests.helpers import kind, prompt_batch
 
