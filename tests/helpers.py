@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 
 from clp_lightning import LoRA, Policy, Preference, PromptBatch, Rollout
+from clp_lightning.cli import main
 from clp_lightning.conditioning import Conditioner
 from clp_lightning.policy import Sampling, TransformersEngine
 from clp_lightning.rewards import Reward
@@ -54,6 +57,11 @@ def kind(completions: list[str], **_: Any) -> list[float]:
 def short(completions: list[str], **_: Any) -> list[float]:
     """A reward: minus the number of characters below 'K'."""
     return [-float(sum(c < "K" for c in text)) for text in completions]
+
+
+def picky(completions: list[str], **_: Any) -> list[float]:
+    """A reward that fails on some responses."""
+    return [math.inf if text[:1] < "A" else float(text.count("e")) for text in completions]
 
 
 class Counted(Reward):
@@ -221,3 +229,36 @@ def in_child(function: Callable[..., Any], *args: Any, timeout: float = 120) -> 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def on_two_processes(args: list[str], timeout: float = 120) -> None:
+    """The command line on two CPU processes, as ``torchrun`` starts it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    more = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_rank, args=(rank, port, args + more)) for rank in range(2)]
+    for child in children:
+        child.start()
+    try:
+        for child in children:
+            child.join(timeout)
+        assert [child.exitcode for child in children] == [0, 0]
+    finally:
+        for child in children:
+            child.kill()
+
+
+def _rank(rank: int, port: int, args: list[str]) -> None:
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+    }
+    main(args)

@@ -39,11 +39,12 @@ class PredictionsCallback(BasePredictionWriter):
             parts: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(parts, records)
             records = [record for part in parts for record in part]
+        folder = trainer.log_dir or trainer.default_root_dir  # communicates: on every rank
         if not trainer.is_global_zero:
             return
         # Ranks take turns and the last batch is filled up with duplicates.
         unique = {_key(record): record for record in reversed(records)}
-        path = Path(trainer.log_dir or trainer.default_root_dir) / self.filename
+        path = Path(folder) / self.filename
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
         with partial.open("w", encoding="utf-8") as file:
