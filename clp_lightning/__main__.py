@@ -21,12 +21,22 @@ commands:
 """
 
 
+COMMANDS = ("fit", "validate", "test", "predict")
+
+
 def run(args: list[str] | None = None) -> None:
-    """Answers ``--help`` before the imports that take seconds, and runs everything else."""
-    args = sys.argv[1:] if args is None else args
-    if not args or args[0] in ("-h", "--help"):
+    """Answers ``--help`` and mistakes before the imports that take seconds; runs the rest."""
+    given = sys.argv[1:] if args is None else args
+    if not given or given[0] in ("-h", "--help"):
         print(HELP, end="")
         return
+    if not given[0].startswith("-") and given[0] not in COMMANDS:
+        print(
+            f"There is no command '{given[0]}'; the commands are {', '.join(COMMANDS)}.\n"
+            "See python -m clp_lightning --help.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     from .cli import main
 
     main(args)

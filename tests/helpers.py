@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import math
-import multiprocessing
-import os
-import signal
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from lightning.pytorch import Callback, Trainer
 
-from clp_lightning import LoRA, Policy, Preference, PromptBatch, Rollout
-from clp_lightning.cli import main
+from clp_lightning import LoRA, Policy, Preference, Pretrained, PromptBatch
 from clp_lightning.conditioning import Conditioner
-from clp_lightning.policy import Sampling, TransformersEngine
-from clp_lightning.rewards import Reward
 
 NAMES = ["kind", "short"]
 
 
 def build_policy(
-    folder: Path, conditioner: Conditioner | None = None, perturb: float = 0.0, **options: Any
+    folder: Path | Pretrained,
+    conditioner: Conditioner | None = None,
+    perturb: float = 0.0,
+    **options: Any,
 ) -> Policy:
     """A policy on a tiny model; with ``perturb`` its copies are away from zero."""
-    policy = Policy(str(folder), conditioner or LoRA(rank=2, shared_rank=2), **options)
+    policy = Policy(
+        folder if isinstance(folder, Pretrained) else str(folder),
+        conditioner or LoRA(rank=2, shared_rank=2),
+        **options,
+    )
     policy.build(NAMES, seed=0)
     if perturb:
         generator = torch.Generator().manual_seed(1)
@@ -44,221 +39,3 @@ def prompt_batch(prompts: list[Any], preference: Preference | None = None) -> Pr
         share = torch.linspace(0.1, 0.8, len(prompts))
         preference = Preference(torch.stack([share, 1 - share], 1), share / 2)
     return PromptBatch(prompts, torch.arange(len(prompts)), preference=preference)
-
-
-# -- small runs --------------------------------------------------------------------------------
-
-
-def kind(completions: list[str], **_: Any) -> list[float]:
-    """A reward: the share of lower-case letters."""
-    return [sum(c.islower() for c in text) / max(len(text), 1) for text in completions]
-
-
-def short(completions: list[str], **_: Any) -> list[float]:
-    """A reward: minus the number of characters below 'K'."""
-    return [-float(sum(c < "K" for c in text)) for text in completions]
-
-
-def picky(completions: list[str], **_: Any) -> list[float]:
-    """A reward that fails on some responses."""
-    return [math.inf if text[:1] < "A" else float(text.count("e")) for text in completions]
-
-
-class Counted(Reward):
-    """A reward with an argument: how often a letter up to ``letter`` occurs, less ``target``."""
-
-    def __init__(self, target: float = 1.0, letter: str = "m") -> None:
-        self.target, self.letter = target, letter
-
-    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-        counts = [sum(c <= self.letter for c in text) for text in completions]
-        return [-abs(count - self.target) for count in counts]
-
-
-class Recorder(TransformersEngine):
-    """The ordinary engine; appends what it sampled to a file, one JSON line per call.
-
-    Args:
-        path: The file; with ``{rank}`` in it, one for each process.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def generate(self, policy: Policy, batch: PromptBatch, n: int, sampling: Sampling) -> Rollout:
-        rollout = super().generate(policy, batch, n, sampling)
-        record = {
-            "epoch": batch.epoch,
-            "prompt_ids": rollout.prompt_ids.tolist(),
-            "sample": rollout.sample.tolist(),
-            "weights": rollout.preference.weights.tolist(),
-            "alpha": rollout.preference.alpha.tolist(),
-            "tokens": rollout.response_ids.tolist(),
-        }
-        rank = int(os.environ.get("LOCAL_RANK", "0"))
-        with open(self.path.format(rank=rank), "a") as file:
-            file.write(json.dumps(record) + "\n")
-        return rollout
-
-
-class Kill(Callback):
-    """Kills its process, as a machine that fails does.
-
-    Args:
-        where: ``train`` (a batch), ``epoch`` (the end of a pass) or ``validation`` (a batch).
-        step: Optimizer steps that are done by then.
-    """
-
-    def __init__(self, where: str, step: int) -> None:
-        self.where, self.step = where, step
-
-    def _kill(self, where: str, trainer: Trainer) -> None:
-        if where == self.where and trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        self._kill("train", trainer)
-
-    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
-        self._kill("epoch", trainer)
-
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        if batch_idx == 1:
-            self._kill("validation", trainer)
-
-
-def write_rows(path: Path, number: int = 20) -> Path:
-    """A .jsonl file of short prompts with a column ``topic`` and a response ``answer``."""
-    words = ["tea", "fog", "ink", "owl", "jam", "zip", "sun"]
-    rows = [
-        {
-            "prompt": f"{words[i % 7]} {words[i // 7]}" + " ?" * (i % 3),
-            "topic": words[i % 7],
-            "answer": f"{words[(i + 1) % 7]}.",
-        }
-        for i in range(number)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def run_config(folder: Path, base: Path, **trainer: Any) -> dict[str, Any]:
-    """The config of a run of a few seconds: 16 training and 4 held-out prompts.
-
-    Args:
-        folder: Where the data and the run lie.
-        base: A model's folder.
-        **trainer: Further arguments of the Trainer.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    return {
-        "seed_everything": 3,
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": 2,
-            "accumulate_grad_batches": 2,
-            "check_val_every_n_epoch": None,
-            "val_check_interval": 4,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "gradient_clip_val": 1.0,
-            "logger": {
-                "class_path": "lightning.pytorch.loggers.CSVLogger",
-                "init_args": {"save_dir": str(folder), "name": "run", "version": ""},
-            },
-            "callbacks": [
-                {"class_path": "CLPCallback"},
-                {"class_path": "FrontCallback"},
-                {"class_path": "RunCheckpoint", "init_args": {"every_n_train_steps": 3}},
-            ],
-            **trainer,
-        },
-        "model": {
-            "class_path": "CLPModule",
-            "init_args": {
-                "pretrained": str(base),
-                "conditioner": {
-                    "class_path": "LoRA",
-                    "init_args": {"rank": 2, "shared_rank": 2},
-                },
-                "rewards": {
-                    "kind": "tests.helpers.kind",
-                    "short": {"class_path": "tests.helpers.Counted"},
-                },
-                "samples_per_prompt": 3,
-                "max_new_tokens": 5,
-                "statistics_prompts": 6,
-                "statistics_samples": 2,
-                "lr": 1.0e-2,
-                "grid": {"divisions": 2, "alphas": [0.1]},
-            },
-        },
-        "data": {
-            "class_path": "PromptDataModule",
-            "init_args": {
-                "source": str(write_rows(folder / "rows.jsonl")),
-                "holdout": 4,
-                "batch_size": 2,
-            },
-        },
-    }
-
-
-def write_config(path: Path, config: dict[str, Any]) -> str:
-    """Writes a YAML file and returns its path for the command line."""
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    return str(path)
-
-
-def in_child(function: Callable[..., Any], *args: Any, timeout: float = 120) -> int:
-    """Exit status of ``function(*args)`` in a forked process: minus the signal that ended it."""
-    child = multiprocessing.get_context("fork").Process(target=function, args=args)
-    child.start()
-    child.join(timeout)
-    if child.exitcode is None:
-        child.kill()
-        child.join()
-        raise TimeoutError(f"the child ran for more than {timeout} s")
-    return child.exitcode
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def on_two_processes(args: list[str], timeout: float = 120) -> None:
-    """The command line on two CPU processes, as ``torchrun`` starts it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    more = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=_rank, args=(rank, port, args + more)) for rank in range(2)]
-    for child in children:
-        child.start()
-    try:
-        for child in children:
-            child.join(timeout)
-        assert [child.exitcode for child in children] == [0, 0]
-    finally:
-        for child in children:
-            child.kill()
-
-
-def _rank(rank: int, port: int, args: list[str]) -> None:
-    os.environ |= {
-        "TORCHELASTIC_RUN_ID": "test",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-    }
-    main(args)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import in_child, main, on_two_processes, read_lines, run_config, write_config
+from tests.runs import in_child, main, on_two_processes, read_lines, run_config, write_config
 
 EVALUATION = 2**31  # fronts and statistics have epochs from here on
 
@@ -24,7 +24,7 @@ def config_of(folder: Path, base: Path, accumulate: int, **model: Any) -> str:
     config["model"]["init_args"] |= {
         "pretrained": {"name": str(base), "dtype": "float64"},
         "engine": {
-            "class_path": "tests.helpers.Recorder",
+            "class_path": "tests.runs.Recorder",
             "init_args": {"path": str(folder / "record-{rank}")},
         },
         "optimizer": {"class_path": "torch.optim.SGD"},
@@ -66,7 +66,7 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     "model",
     [
         {},
-        {"rewards": {"kind": "tests.helpers.kind", "picky": "tests.helpers.picky"}}
+        {"rewards": {"kind": "tests.runs.kind", "picky": "tests.runs.picky"}}
         | {"on_reward_error": "drop"},
     ],
     ids=["plain", "dropped"],

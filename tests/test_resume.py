@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clp_lightning.cli import main
-from tests.helpers import in_child, read_lines, run_config, write_config
+from tests.runs import in_child, read_lines, run_config, write_config
 
 MAX_STEPS, BATCHES_PER_STEP = 10, 2  # a pass over the data has 4 steps
 
@@ -32,13 +32,13 @@ def config_of(folder: Path, base: Path, every: int = 3) -> str:
 
 
 def fit(config: str, record: Path, *more: str) -> int:
-    engine = ["--model.engine=tests.helpers.Recorder", f"--model.engine.path={record}"]
+    engine = ["--model.engine=tests.runs.Recorder", f"--model.engine.path={record}"]
     return in_child(main, ["fit", "--config", config, *engine, *more])
 
 
 def kill(where: str, step: int) -> list[str]:
     return [
-        "--trainer.callbacks+=tests.helpers.Kill",
+        "--trainer.callbacks+=tests.runs.Kill",
         f"--trainer.callbacks.where={where}",
         f"--trainer.callbacks.step={step}",
     ]
