@@ -174,8 +174,24 @@ class Conditioner(Described, nn.Module, ABC):
         """
         if len(preference) == 1:
             return self.merged(preference)
+        reason = self.why_not_rows()
+        if (reason or self.one_preference_per_batch) and _all_equal(preference):
+            return self.merged(preference[:1])
+        if reason:
+            raise ValueError(
+                f"Another preference in every row is not possible here: {reason}. Use one "
+                "preference per batch."
+            )
         coefficients = self.coefficients(preference)
         return self.open(Scope(coefficients if index is None else coefficients[index]))
+
+    def why_not_rows(self) -> str | None:
+        """Why this model cannot answer for another preference in every row; None where it can."""
+        return None
+
+    def session(self) -> AbstractContextManager[None]:
+        """Opened around all scopes of one preference, where work can be shared among them."""
+        return nullcontext()
 
     def merged(self, preference: Preference) -> AbstractContextManager[None]:
         """Answers for one preference, whatever the number of rows in the batch.
@@ -224,3 +240,8 @@ class Conditioner(Described, nn.Module, ABC):
             if not active:
                 for parameter in parameters:
                     parameter.grad = None
+
+
+def _all_equal(preference: Preference) -> bool:
+    weights, alpha = preference.weights, preference.alpha
+    return bool((weights == weights[:1]).all() and (alpha == alpha[:1]).all())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["PRESETS", "linear_names", "select_layers"]
+__all__ = ["PRESETS", "in_attention", "linear_names", "select_layers"]
 
 PRESETS = ("attention", "all-linear", "all-linear+output")
 _BLOCK = re.compile(r"\.(\d+)\.")
@@ -19,7 +19,8 @@ def linear_names(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
 
 
-def _in_attention(name: str) -> bool:
+def in_attention(name: str) -> bool:
+    """Whether a layer stands inside an attention block."""
     # By ancestor, not by the layer's own name: GPT-2 calls both its attention's and its MLP's
     # output c_proj, and fused projections have a name of their own in every family.
     return any(
@@ -51,7 +52,7 @@ def select_layers(
             f"Unknown preset '{targets}': use one of {', '.join(PRESETS)}, or a list of patterns."
         )
     if targets == "attention":
-        chosen = [name for name in names if _in_attention(name)]
+        chosen = [name for name in names if in_attention(name)]
     elif targets == "all-linear":
         chosen = [name for name in names if not is_output[name]]
     elif targets == "all-linear+output":

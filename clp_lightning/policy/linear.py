@@ -28,7 +28,9 @@ def speed_up_frozen_linears(model: nn.Module) -> None:
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     weight = layer.weight
-    if not (_helps() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32):
+    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    # Merged full-rank weights stand here as tensors with a gradient of their own.
+    if not (plain and _helps()) or weight.requires_grad:
         return nn.Linear.forward(layer, x)
     out: Tensor = _FrozenLinear.apply(x, weight, layer.bias)
     return out

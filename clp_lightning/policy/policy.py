@@ -107,7 +107,8 @@ class Policy(nn.Module):
     def _answer_for(self, whom: Preference | Literal["reference"]) -> Iterator[None]:
         outer, self._answering_for = self._answering_for, whom
         try:
-            yield
+            with self.conditioner.session():
+                yield
         finally:
             self._answering_for = outer
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..described import Described
 from ..keyed import uniforms
-from ..types import PromptBatch, Rollout
+from ..types import Preference, PromptBatch, Rollout
 from .policy import Policy
 from .prefix import extend, read_prompt
 from .sampling import Sampling, sample_tokens
@@ -62,10 +62,25 @@ class TransformersEngine(Engine):
             sampling.seed, batch.epoch, prompt_ids, sample, sampling.max_new_tokens
         ).to(input_ids.device)
         rows = groups.to(input_ids.device)
-        with policy.answering(preference), policy.eval_mode():
-            response_ids, mask, logp, finished = self._decode(
-                policy, input_ids, prompt_mask, rows, uniform, sampling
-            )
+        shape = (len(rows), sampling.max_new_tokens)
+        response_ids = torch.full(shape, policy.pad_id, device=rows.device)
+        mask = torch.zeros(shape, dtype=torch.bool, device=rows.device)
+        logp = torch.zeros(shape, dtype=torch.float64, device=rows.device)
+        finished = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        with policy.eval_mode():
+            for asked in _answerable_together(policy, preference):
+                mine = torch.isin(rows, asked)
+                local = torch.searchsorted(asked, rows[mine])
+                with policy.answering(preference[asked]):
+                    ids, part, logps, finished[mine] = self._decode(
+                        policy, input_ids[asked], prompt_mask[asked], local, uniform[mine], sampling
+                    )
+                response_ids[mine, : ids.shape[1]] = ids
+                mask[mine, : ids.shape[1]] = part
+                logp[mine, : ids.shape[1]] = logps.double()
+        length = int(mask.sum(-1).max())
+        response_ids, mask = response_ids[:, :length], mask[:, :length]
+        logp = logp[:, :length].to(torch.promote_types(logps.dtype, torch.float32))
         plain = policy.encode(batch.prompts) if rewritten else None
         return Rollout(
             prompts=[batch.prompts[g] for g in groups.tolist()],
@@ -128,6 +143,17 @@ class TransformersEngine(Engine):
                 extend(policy.model, prefix, token.unsqueeze(-1))
         length = step + 1
         return tokens[:, :length], mask[:, :length], logps[:, :length], finished
+
+
+def _answerable_together(policy: Policy, preference: Preference) -> list[Tensor]:
+    """Rows of the preference that one forward can answer for: all, or one preference at a time
+    where the conditioner cannot mix rows."""
+    device = policy.model.device
+    if policy.is_reference or policy.conditioner.why_not_rows() is None:
+        return [torch.arange(len(preference), device=device)]
+    both = torch.cat([preference.weights, preference.alpha.unsqueeze(-1)], -1)
+    which = both.unique(dim=0, return_inverse=True)[1].to(device)
+    return [(which == i).nonzero().squeeze(-1) for i in range(int(which.max()) + 1)]
 
 
 def _texts(policy: Policy, response_ids: Tensor, mask: Tensor) -> list[str]:

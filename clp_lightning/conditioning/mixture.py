@@ -1,0 +1,249 @@
+"""Full-rank conditioning: K deltas on any parameters, merged into plain weights or mixed per row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..types import Preference
+from .base import Coefficients, Conditioner, Scope
+from .rowwise import mix_rows, why_not_rows
+from .targets import in_attention
+
+__all__ = ["Mixture"]
+
+PRESETS = ("full", "attention", "logits")
+
+
+class Mixture(Conditioner):
+    """One full-rank delta per reward on chosen parameters, and one shared delta on the rest.
+
+    ``theta(w, alpha) = theta_ref + sum_i c_i Delta_i``, all deltas zero at the start (DESIGN:
+    section 2). Merging computes plain weights once per preference; row mode mixes outputs and
+    answers for another preference in every row.
+
+    Args:
+        targets: ``full`` (every parameter), ``attention`` (the projections inside attention
+            blocks), ``logits`` (the output layer), or a list of regular expressions, each
+            searched for in the parameters' full names.
+        rest: ``train`` the other parameters as one delta that all preferences share, or
+            ``freeze`` them.
+        tied: What happens to an output layer that is the embedding table: ``keep`` moves both
+            ends by one delta, ``split`` gives the output layer a delta of its own. By default
+            ``logits`` splits and everything else keeps.
+        coefficients: How (w, alpha) mix the deltas; ``Scaled()`` if None.
+    """
+
+    one_preference_per_batch = True
+
+    def __init__(
+        self,
+        targets: str | list[str] = "full",
+        rest: Literal["train", "freeze"] = "train",
+        tied: Literal["keep", "split"] | None = None,
+        coefficients: Coefficients | None = None,
+    ) -> None:
+        super().__init__(coefficients)
+        if isinstance(targets, str) and targets not in PRESETS:
+            raise ValueError(
+                f"Unknown preset '{targets}': use one of {', '.join(PRESETS)}, or a list of patterns."
+            )
+        self.targets = targets
+        self.rest = rest
+        self.tied = tied or ("split" if targets == "logits" else "keep")
+        self._places: list[list[tuple[nn.Module, str]]] = []
+        self._merged: dict[Any, list[Tensor]] | None = None
+
+    def attach(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
+        model.requires_grad_(False)
+        self.coefficients.build(len(names))
+        object.__setattr__(self, "_model", model)  # registered once, by the policy
+        self.deltas = nn.ModuleList(nn.ParameterDict() for _ in names)
+        self.shared_delta = nn.ParameterDict()
+        conditioned: list[tuple[str, list[tuple[nn.Module, str]]]] = []
+        others: list[tuple[str, list[tuple[nn.Module, str]]]] = []
+        for name, places in self._owners(model):
+            chosen = self._is_chosen(name, places) and bool(names)
+            (conditioned if chosen else others).append((name, places))
+        if names and not conditioned:
+            kinds = sorted({re.sub(r"\.\d+\.", ".N.", name) for name, _ in others})
+            raise ValueError(f"{self.targets} matches no parameter of {', '.join(kinds)}.")
+        self._labels = [name for name, _ in [*conditioned, *others]]
+        self._places = [places for _, places in conditioned]
+        for name, places in conditioned:
+            for delta in self.deltas:
+                delta[_key(name)] = nn.Parameter(_zeros(places))
+        if self.rest == "train":
+            self._places += [places for _, places in others]
+            for name, places in others:
+                self.shared_delta[_key(name)] = nn.Parameter(_zeros(places))
+        self._num_conditioned = len(conditioned)
+
+    def _owners(self, model: nn.Module) -> Iterator[tuple[str, list[tuple[nn.Module, str]]]]:
+        """Every parameter with all modules that hold it; a split output layer stands alone."""
+        output = model.get_output_embeddings()  # type: ignore[operator]
+        found: dict[Any, tuple[str, list[tuple[nn.Module, str]]]] = {}
+        for prefix, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                alone = self.tied == "split" and module is output and name == "weight"
+                key = (id(parameter), alone)
+                label = f"{prefix}.{name}" if prefix else name
+                found.setdefault(key, (label, []))[1].append((module, name))
+        yield from found.values()
+
+    def _is_chosen(self, name: str, places: list[tuple[nn.Module, str]]) -> bool:
+        if self.targets == "full":
+            return True
+        if self.targets == "attention":
+            module = places[0][0]
+            return (
+                in_attention(name.rsplit(".", 1)[0])
+                and places[0][0].weight.ndim == 2
+                and not (isinstance(module, nn.Embedding))
+            )
+        if self.targets == "logits":
+            output = self._model.get_output_embeddings()  # type: ignore[operator]
+            return any(module is output for module, _ in places)
+        return any(re.search(pattern, name) for pattern in self.targets)
+
+    # -- merging ------------------------------------------------------------------------------
+
+    def session(self) -> AbstractContextManager[None]:
+        return self._remember()
+
+    @contextmanager
+    def _remember(self) -> Iterator[None]:
+        """Merges a preference once for all forward passes of the block."""
+        outer, self._merged = self._merged, {}
+        try:
+            yield
+        finally:
+            self._merged = outer
+
+    @contextmanager
+    def open(self, scope: Scope) -> Iterator[None]:
+        with super().open(scope):
+            if scope.coefficients is None:
+                yield
+            elif len(scope.coefficients) == 1:
+                with self._swapped(self._merge(scope.coefficients[0])):
+                    yield
+            else:
+                with mix_rows(self._mixtures(), scope.coefficients):
+                    yield
+
+    def checkpoint_context(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        inner = self.scope
+        merged = None
+        if inner.coefficients is not None and len(inner.coefficients) == 1:
+            merged = self._merge(inner.coefficients[0])
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            # The very tensors of the forward: merging anew in every block would be slow.
+            outer, self._merged = self._merged, {}
+            if merged is not None:
+                self._merged[_merge_key(inner.coefficients[0])] = merged  # type: ignore[index]
+            try:
+                with self.open(inner):
+                    yield
+            finally:
+                self._merged = outer
+
+        from contextlib import nullcontext
+
+        return nullcontext(), again()
+
+    def _mixtures(self) -> list[tuple[list[tuple[nn.Module, str]], list[Tensor], list[int]]]:
+        """For each parameter: where it stands, its deltas, and their coefficient columns."""
+        k = len(self.deltas)
+        columns = [list(delta.values()) for delta in self.deltas]
+        shared = list(self.shared_delta.values())
+        result: list[tuple[list[tuple[nn.Module, str]], list[Tensor], list[int]]] = []
+        for i, places in enumerate(self._places):
+            if i < self._num_conditioned:
+                result.append((places, [column[i] for column in columns], list(range(k))))
+            else:
+                result.append((places, [shared[i - self._num_conditioned]], [k]))
+        return result
+
+    def _merge(self, coefficients: Tensor) -> list[Tensor]:
+        """``theta_ref + sum_i c_i Delta_i`` for every parameter, c of shape (K + 1,)."""
+        key = _merge_key(coefficients)
+        if self._merged is not None and key in self._merged:
+            return self._merged[key]
+        merged = []
+        for places, deltas, columns in self._mixtures():
+            module, name = places[0]
+            base = module._parameters[name]
+            assert base is not None
+            total = base
+            for delta, column in zip(deltas, columns, strict=True):
+                total = torch.addcmul(total, delta.to(base.dtype), coefficients[column].to(base))
+            merged.append(total)
+        if self._merged is not None:
+            self._merged[key] = merged
+        return merged
+
+    @contextmanager
+    def _swapped(self, merged: list[Tensor]) -> Iterator[None]:
+        """The merged tensors in the place of the base's parameters, inside the block."""
+        kept = [
+            [(module, name, module._parameters[name]) for module, name in places]
+            for places in self._places
+        ]
+        for places, tensor in zip(self._places, merged, strict=True):
+            for module, name in places:
+                module._parameters[name] = tensor  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for row in kept:
+                for module, name, parameter in row:
+                    module._parameters[name] = parameter
+
+    # -- what others ask ----------------------------------------------------------------------
+
+    def why_not_rows(self) -> str | None:
+        return why_not_rows(dict(zip(self._labels, self._places, strict=False)))
+
+    def copies(self) -> list[list[nn.Parameter]]:
+        return [list(delta.values()) for delta in self.deltas]
+
+    def shared(self) -> list[nn.Parameter]:
+        return list(self.shared_delta.values())
+
+    @torch.no_grad()
+    def fold(self, preference: Preference) -> dict[str, Tensor]:
+        if len(preference) != 1:
+            raise ValueError(f"fold() takes one preference; got {len(preference)} rows.")
+        with self._swapped(self._merge(self.coefficients(preference)[0])):
+            # Read as parameters, because state_dict skips nothing else.
+            return {
+                name: value.detach().clone() for name, value in self._model.state_dict().items()
+            }
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")
+
+
+def _zeros(places: list[tuple[nn.Module, str]]) -> Tensor:
+    module, name = places[0]
+    base = module._parameters[name]
+    assert base is not None
+    if not base.is_floating_point():
+        raise ValueError(f"{name} is quantised; full-rank deltas need a floating-point base.")
+    # Small updates vanish in half precision, whatever the base is kept in.
+    return torch.zeros_like(base, dtype=torch.promote_types(base.dtype, torch.float32))
+
+
+def _merge_key(coefficients: Tensor) -> tuple[Any, ...]:
+    return (*coefficients.detach().tolist(), torch.is_grad_enabled())

@@ -1,0 +1,161 @@
+"""Conditioning through the input: the preference as text, or added to the embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..types import Preference, Prompt
+from .base import Coefficients, Conditioner, Scope
+from .mixture import Mixture
+
+__all__ = ["PromptText", "SoftPrompt"]
+
+_WORDS = [(0.05, "not at all"), (0.3, "a little"), (0.6, "moderately"), (0.95, "strongly")]
+
+
+class _Around(Conditioner):
+    """A conditioner around another that trains what all preferences share."""
+
+    def __init__(self, rest: Conditioner | None, coefficients: Coefficients | None) -> None:
+        super().__init__(coefficients)
+        self.rest = rest or Mixture()
+
+    def attach(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
+        self._names = list(names)
+        self.coefficients.build(len(names))
+        self.rest.attach(model, [], seed)  # no rewards: only what all preferences share
+
+    def copies(self) -> list[list[nn.Parameter]]:
+        return [[] for _ in self._names]
+
+    def shared(self) -> list[nn.Parameter]:
+        return self.rest.shared()
+
+    def why_not_rows(self) -> str | None:
+        return self.rest.why_not_rows()
+
+    def session(self) -> AbstractContextManager[None]:
+        return self.rest.session()
+
+    @contextmanager
+    def open(self, scope: Scope) -> Any:
+        with ExitStack() as scopes:
+            scopes.enter_context(super().open(scope))
+            shared = scope.coefficients
+            inner = None if shared is None else shared[:, -1:]
+            if inner is not None and bool((inner == inner[:1]).all()):
+                inner = inner[:1]  # the shared part does not see w
+            scopes.enter_context(self.rest.open(Scope(inner)))
+            yield
+
+    def fold(self, preference: Preference) -> dict[str, Tensor]:
+        return self.rest.fold(Preference(preference.weights[:, :0], preference.alpha))
+
+
+class PromptText(_Around):
+    """Prompt-CLP: the weights and alpha are written into the prompt.
+
+    The text goes in front of a string, or in front of the last user message of a conversation, so
+    that a system message survives, the model's own or the user's. At step 0 the policy is *not*
+    the reference, whose log-probabilities are always those of the plain prompt; the KL of step 0
+    is in the logs.
+
+    Args:
+        form: ``number`` writes the weights with two digits, ``word`` in words.
+        rest: What is trained, the same for all preferences: ``Mixture()`` (every parameter) if
+            None, or for example ``LoRA(shared_rank=16)``.
+        coefficients: Its ``shared`` rule scales what is trained.
+    """
+
+    rewrites = True
+
+    def __init__(
+        self,
+        form: Literal["number", "word"] = "number",
+        rest: Conditioner | None = None,
+        coefficients: Coefficients | None = None,
+    ) -> None:
+        super().__init__(rest, coefficients)
+        self.form = form
+
+    def rewrite(self, prompt: Prompt, preference: Preference) -> Prompt:
+        text = self.text(preference.weights[0].tolist(), float(preference.alpha[0]))
+        if isinstance(prompt, str):
+            return f"{text}{prompt}"
+        row = max((i for i, m in enumerate(prompt) if m["role"] == "user"), default=0)
+        message = {**prompt[row], "content": f"{text}{prompt[row]['content']}"}
+        return [*prompt[:row], message, *prompt[row + 1 :]]
+
+    def text(self, weights: Sequence[float], alpha: float) -> str:
+        """What is written for one preference; override to say it in other words."""
+        say = _word if self.form == "word" else "{:.2f}".format
+        parts = [f"{name}: {say(w)}" for name, w in zip(self._names, weights, strict=True)]
+        return f"[{', '.join(parts)}; stay close: {say(alpha)}]\n"
+
+
+def _word(value: float) -> str:
+    return next((word for bound, word in _WORDS if value < bound), "only")
+
+
+class SoftPrompt(_Around):
+    """Soft-prompt-CLP: a zero-initialised map of the coefficients, added to every embedding.
+
+    ``e_bt + sum_i c_i(w, alpha) m_i`` with one vector m_i per reward; with all coefficients 0 it
+    is the reference.
+
+    Args:
+        rest: What is trained, the same for all preferences: ``Mixture()`` (every parameter) if
+            None, or for example ``LoRA(shared_rank=16)``.
+        coefficients: How (w, alpha) mix the vectors; ``Scaled()`` if None.
+    """
+
+    def __init__(
+        self, rest: Conditioner | None = None, coefficients: Coefficients | None = None
+    ) -> None:
+        super().__init__(rest, coefficients)
+
+    def attach(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
+        super().attach(model, names, seed)
+        table = model.get_input_embeddings().weight  # type: ignore[operator]
+        self.vectors = nn.ParameterList(nn.Parameter(torch.zeros(table.shape[-1])) for _ in names)
+        # T5 has one table in several modules.
+        self._tables = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding) and module.weight is table
+        }
+        for module in self._tables.values():
+            module.register_forward_hook(self._add)
+
+    def _add(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        scope = self.scope
+        if scope.coefficients is None:
+            return out
+        vectors = torch.stack(list(self.vectors))
+        added = scope.coefficients[:, :-1].to(vectors) @ vectors  # (rows, d)
+        if len(added) not in (1, len(out)):
+            raise ValueError(
+                f"{len(added)} preferences meet embeddings of {len(out)} rows; rows and "
+                "preferences cannot be matched."
+            )
+        return out + added.unsqueeze(1).to(out.dtype)
+
+    def copies(self) -> list[list[nn.Parameter]]:
+        return [[vector] for vector in self.vectors]
+
+    def fold(self, preference: Preference) -> dict[str, Tensor]:
+        """Plain weights: every token's embedding carries the preference's vector, the output
+        layer does not, so a tied table comes apart."""
+        state = super().fold(preference)
+        vectors = torch.stack(list(self.vectors)).detach()
+        added = (self.coefficients(preference)[0, :-1].detach() @ vectors).to(vectors)
+        for name, module in self._tables.items():
+            scale = getattr(module, "scalar_embed_scale", 1.0)  # Gemma's comes after the table
+            weight = state[f"{name}.weight"]
+            state[f"{name}.weight"] = weight + (added / scale).to(weight.dtype)
+        return state
