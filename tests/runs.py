@@ -16,7 +16,19 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from clp_lightning import CLPModule, LoRA, Policy, Preference, PromptBatch, Rollout
+from clp_lightning import (
+    CLPCallback,
+    CLPModule,
+    Grid,
+    LoRA,
+    Policy,
+    Preference,
+    Pretrained,
+    PromptBatch,
+    PromptDataModule,
+    Rollout,
+    RunCheckpoint,
+)
 from clp_lightning.cli import main
 from clp_lightning.policy import Sampling, TransformersEngine
 from clp_lightning.rewards import Reward
@@ -179,6 +191,56 @@ def run_config(folder: Path, base: Path, **trainer: Any) -> dict[str, Any]:
             },
         },
     }
+
+
+def make_module(
+    base: Path | str | Pretrained, kind_of: type[Any] = CLPModule, **options: Any
+) -> Any:
+    """The module of ``run_config``, made in Python.
+
+    Args:
+        base: A model's folder.
+        kind_of: A subclass of CLPModule.
+        **options: Other arguments of it.
+    """
+    arguments: dict[str, Any] = {
+        "pretrained": base if isinstance(base, Pretrained) else str(base),
+        "conditioner": LoRA(rank=2, shared_rank=2),
+        "rewards": {"kind": kind, "short": Counted()},
+        "samples_per_prompt": 3,
+        "max_new_tokens": 5,
+        "statistics_prompts": 6,
+        "statistics_samples": 2,
+        "lr": 1e-2,
+        "grid": Grid(2, [0.1]),
+        "seed": 3,
+    }
+    return kind_of(**(arguments | options))
+
+
+def make_trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    """A quiet Trainer on the CPU, with a CLPCallback if none is given."""
+    arguments: dict[str, Any] = {
+        "accelerator": "cpu",
+        "default_root_dir": folder,
+        "logger": False,
+        "max_steps": 2,
+        "limit_val_batches": 0,
+        "enable_checkpointing": any(isinstance(c, RunCheckpoint) for c in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    preferences = [] if any(isinstance(c, CLPCallback) for c in callbacks) else [CLPCallback()]
+    return Trainer(callbacks=[*preferences, *callbacks], **(arguments | options))
+
+
+def make_data(folder: Path, **options: Any) -> PromptDataModule:
+    """The data of ``run_config``, made in Python."""
+    path = folder / "rows.jsonl"
+    if not path.exists():
+        write_rows(path)
+    arguments: dict[str, Any] = {"holdout": 4, "batch_size": 2, "seed": 3}
+    return PromptDataModule(str(path), **(arguments | options))
 
 
 def write_config(path: Path, config: dict[str, Any]) -> str:

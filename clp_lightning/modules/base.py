@@ -60,10 +60,17 @@ class PolicyModule(Described, LightningModule):
         if _given_hyperparameters.get() is not None:  # from a config: Lightning holds the dicts
             self.save_hyperparameters()
         else:
-            plain = describe(self.init_args)
             self.save_hyperparameters(
-                {**plain, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+                {
+                    **self.described_arguments(),
+                    "_instantiator": "lightning.pytorch.cli.instantiate_module",
+                }
             )
+
+    def described_arguments(self) -> dict[str, Any]:
+        """The constructor's arguments as plain data."""
+        arguments: dict[str, Any] = describe(self.init_args)
+        return arguments
 
     def configure_optimizers(self) -> Any:
         conditioner = self.policy.conditioner

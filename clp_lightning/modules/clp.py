@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from ..conditioning import Conditioner
+from ..described import import_path
 from ..functional.advantage import leave_one_out
 from ..functional.kl import kl_to_go, log_ratio
 from ..functional.logprobs import masked_sum
@@ -20,6 +21,7 @@ from ..metrics import Grid
 from ..policy import Encoding, Engine, Policy, Sampling, TransformersEngine
 from ..pretrained import Pretrained
 from ..rewards import Reward, RewardBank, Scores
+from ..rewards.base import Unavailable
 from ..types import PromptBatch, Rollout
 from .base import PolicyModule
 from .statistics import fit_statistics
@@ -295,6 +297,23 @@ class CLPModule(FrontSweep, PolicyModule):
             self.log(f"train/{name}", value, prog_bar=name in shown)
 
     # -- state ------------------------------------------------------------------------------
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Self:
+        """As Lightning's; ``rewards`` may be given anew, functions without an import path too."""
+        if "rewards" in kwargs:
+            kwargs["rewards"] = RewardBank(kwargs["rewards"]).rewards
+        return super().load_from_checkpoint(*args, **kwargs)
+
+    def described_arguments(self) -> dict[str, Any]:
+        arguments = super().described_arguments()
+        for name, reward in arguments["rewards"].items():
+            if reward is None:
+                arguments["rewards"][name] = {
+                    "class_path": import_path(Unavailable),
+                    "init_args": {"name": name},
+                }
+        return arguments
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "rewards": list(self.rewards.names)}

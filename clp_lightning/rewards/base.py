@@ -12,7 +12,7 @@ import torch
 from ..described import Described, load_object
 from ..types import Message, Prompt
 
-__all__ = ["Completion", "Function", "Reward", "RewardError", "completion_text"]
+__all__ = ["Completion", "Function", "Reward", "RewardError", "Unavailable", "completion_text"]
 
 Completion = str | list[Message]
 """A completion is a plain string, or a list of one assistant message."""
@@ -116,6 +116,27 @@ class Function(Reward):
         return self.function(
             **{"prompts": prompts, "completions": completions, **columns, **self.kwargs}
         )
+
+
+class Unavailable(Reward):
+    """Stands in a checkpoint for a reward without an import path, such as a lambda.
+
+    Args:
+        name: Name of the reward.
+
+    Raises:
+        ValueError: always; it says that the reward must be passed again.
+    """
+
+    def __init__(self, name: str) -> None:
+        raise ValueError(
+            f"Reward '{name}' was a lambda or an object that cannot be imported by name, so the "
+            "checkpoint does not hold it. Pass all rewards again: "
+            "load_from_checkpoint(path, rewards={...})."
+        )
+
+    def __call__(self, prompts: list[Prompt], completions: list[Any], **columns: Any) -> Any:
+        raise NotImplementedError
 
 
 def completion_text(completion: Completion) -> str:

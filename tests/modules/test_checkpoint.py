@@ -1,0 +1,222 @@
+"""What a checkpoint holds, what it is refused for, and that a diverged run leaves it alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from clp_lightning import CLPModule, LoRA, Preference, RunCheckpoint
+from clp_lightning.cli import main
+from clp_lightning.modules import TrainingDiverged
+from clp_lightning.pretrained import fingerprint
+from tests.helpers import prompt_batch
+from tests.runs import (
+    Counted,
+    kind,
+    make_data,
+    make_module,
+    make_trainer,
+    run_config,
+    write_config,
+)
+
+
+@pytest.fixture(scope="module")
+def run(
+    tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Any]:
+    """Folder and module of a run of two steps that was made in Python."""
+    folder = tmp_path_factory.mktemp("run")
+    module = make_module(tiny_folder())
+    make_trainer(folder, RunCheckpoint()).fit(module, make_data(folder))
+    return folder / "checkpoints/last.ckpt", module
+
+
+def read(path: Path) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    return checkpoint
+
+
+def test_it_holds_what_was_trained_and_nothing_frozen(
+    run: tuple[Path, Any], tiny_folder: Callable[..., Path]
+) -> None:
+    path, module = run
+    checkpoint = read(path)
+    trained = {f"policy.{name}" for name, p in module.policy.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    statistics = {"rewards.mean", "rewards.std", "rewards.fitted"}
+    assert checkpoint["state_dict"].keys() == trained | statistics
+    # Adam's two moments of each trained parameter, whatever the order.
+    (optimizer,) = checkpoint["optimizer_states"]
+    shapes = sorted(tuple(state["exp_avg"].shape) for state in optimizer["state"].values())
+    assert shapes == sorted(tuple(checkpoint["state_dict"][name].shape) for name in trained)
+
+    assert checkpoint["clp_lightning"] == {
+        "base": {
+            "name": str(tiny_folder()),
+            "revision": None,
+            "fingerprint": fingerprint(str(tiny_folder())),
+        },
+        "rewards": ["kind", "short"],
+    }
+    assert checkpoint["state_dict"]["rewards.fitted"]
+    torch.testing.assert_close(checkpoint["state_dict"]["rewards.mean"], module.rewards.mean)
+    assert module.rewards.mean.abs().min() > 0
+
+
+def same_answers(found: Any, module: Any) -> None:
+    """Both policies answer alike under a preference, and unlike the reference."""
+    asked = prompt_batch(["tea 1", "owl"], Preference(torch.eye(2), torch.tensor([0.1, 0.4])))
+    rollout = module.generate(asked)
+    logps = []
+    for policy in (module.policy, found.policy):
+        with policy.conditioned(rollout.preference), torch.no_grad():
+            logps.append(policy.logprobs(rollout))
+    torch.testing.assert_close(logps[1], logps[0], rtol=0, atol=0)
+    with found.policy.reference():
+        assert not torch.allclose(found.policy.logprobs(rollout), logps[0], atol=1e-4)
+
+
+def test_it_rebuilds_a_module_made_in_python(run: tuple[Path, Any]) -> None:
+    path, module = run
+    found = CLPModule.load_from_checkpoint(path, weights_only=True)
+    assert found.rewards.names == module.rewards.names
+    assert found.rewards.rewards["short"].target == 1  # type: ignore[attr-defined]
+    assert (found.lr, found.grid, found.seed) == (module.lr, module.grid, module.seed)
+    torch.testing.assert_close(found.rewards.mean, module.rewards.mean)
+    same_answers(found, module)
+
+
+def test_it_rebuilds_a_module_made_on_the_command_line(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = run_config(tmp_path, tiny_folder(), limit_val_batches=0)
+    more = ["--model.rewards.short.init_args.target=9"]
+    cli = main(["fit", "--config", write_config(tmp_path / "config.yaml", config), *more])
+    path = tmp_path / "run/checkpoints/last.ckpt"
+    found = CLPModule.load_from_checkpoint(path, weights_only=True)
+    assert found.rewards.rewards["short"].target == 9  # type: ignore[attr-defined]
+    same_answers(found, cli.model)
+
+
+def test_a_lambda_must_be_passed_again(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    rewards = {"kind": kind, "len": lambda completions, **_: [len(c) / 9 for c in completions]}
+    module = make_module(tiny_folder(), rewards=rewards)
+    make_trainer(tmp_path, RunCheckpoint()).fit(module, make_data(tmp_path))
+    path = tmp_path / "checkpoints/last.ckpt"
+    with pytest.raises(ValueError, match="Reward 'len' was a lambda.*Pass all rewards again"):
+        CLPModule.load_from_checkpoint(path, weights_only=True)
+    found = CLPModule.load_from_checkpoint(path, rewards=rewards, weights_only=True)
+    same_answers(found, module)
+
+
+# -- refused -----------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused(
+    run: tuple[Path, Any], tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, _ = run
+    base = tiny_folder()
+    other = tiny_folder("llama", tie_word_embeddings=True)
+    rewards = {"kind": kind, "short": Counted()}
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"base": other}, "another base: .*Set `pretrained`"),
+        ({"rewards": dict(reversed(rewards.items()))}, r"\['short', 'kind'\]. They must be the"),
+        ({"rewards": {"kind": kind, "brief": Counted()}}, r"rewards \['kind', 'short'\]; this run"),
+        ({"conditioner": LoRA(rank=3, shared_rank=2)}, "another rank"),
+        ({"conditioner": LoRA(rank=2, shared_rank=0)}, "holds .* does not train.*conditioner"),
+        (
+            {"conditioner": LoRA(rank=2, shared_rank=2, targets="all-linear")},
+            "lacks .* trained tensors.*conditioner",
+        ),
+    ]
+    for options, message in wrong:
+        module = make_module(**({"base": base} | options))
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path).fit(module, make_data(tmp_path), ckpt_path=path)
+
+
+def test_checkpoints_of_others_are_refused(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "other.ckpt")
+    module = make_module(tiny_folder())
+    with pytest.raises(ValueError, match="not written by clp_lightning"):
+        make_trainer(tmp_path).fit(
+            module, make_data(tmp_path), ckpt_path=tmp_path / "other.ckpt", weights_only=True
+        )
+
+
+def test_the_same_base_elsewhere_is_the_same(
+    run: tuple[Path, Any], tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in tiny_folder().iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    trainer = make_trainer(tmp_path, max_steps=3)
+    trainer.fit(make_module(moved), make_data(tmp_path), ckpt_path=run[0])
+    assert trainer.global_step == 3
+
+
+# -- a run that goes wrong ---------------------------------------------------------------------
+
+
+class Spoiled(CLPModule):
+    """Its loss is not a number from the second step on."""
+
+    def loss(self, logp: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().loss(logp, *args, **kwargs)
+        return loss if self.global_step < 1 else loss * torch.nan
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[tuple[RunCheckpoint, Path]]:
+    yield RunCheckpoint(every_n_train_steps=1), tmp_path / "checkpoints/last.ckpt"
+
+
+@pytest.mark.parametrize("reason", ["loss", "kl"])
+def test_a_diverged_run_stops_with_the_last_good_checkpoint(
+    reason: str,
+    watched: tuple[RunCheckpoint, Path],
+    tiny_folder: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    callback, path = watched
+    kept: dict[int, bytes] = {}
+
+    class Keep(RunCheckpoint):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            super().on_train_batch_end(trainer, *args)
+            kept[trainer.global_step] = path.read_bytes()
+
+    callback = Keep(every_n_train_steps=1)
+    if reason == "loss":
+        module, message = make_module(tiny_folder(), Spoiled), "loss at step 1 is not finite"
+    else:
+        # Step 0 is the reference, with KL 0; the first step, far too long, moves it.
+        module = make_module(tiny_folder(), max_kl=0.01, lr=1.0)
+        message = r"KL at step 1 is \d+\.\d\d nats per response, above max_kl=0.01"
+    with pytest.raises(TrainingDiverged, match=message) as raised:
+        make_trainer(tmp_path, callback, max_steps=5).fit(module, make_data(tmp_path))
+    assert str(path) in re.sub(r"\s", "", str(raised.value))
+    assert list(kept) == [1] and path.read_bytes() == kept[1]
+    state = read(path)
+    assert state["global_step"] == 1
+    # The step that was refused has not touched the weights.
+    for name, parameter in module.policy.trained_parameters().items():
+        assert torch.equal(state["state_dict"][f"policy.{name}"], parameter.cpu())
+
+
+def test_without_a_checkpoint_it_says_so(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    module: LightningModule = make_module(tiny_folder(), Spoiled)
+    with pytest.raises(TrainingDiverged, match="No checkpoint was written"):
+        make_trainer(tmp_path).fit(module, make_data(tmp_path))
