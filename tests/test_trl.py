@@ -20,7 +20,8 @@ from clp_lightning import CLPModule, LoRA, Preference, PromptBatch, Rollout
 from clp_lightning.conditioning import Weights
 from clp_lightning.functional import masked_sum
 from clp_lightning.rewards import Scores
-from tests.helpers import kind, prompt_batch
+from tests.helpers import prompt_batch
+from tests.runs import kind
 
 ALPHA, SCALE, SAMPLES = 0.2, 2.0, 4
 PROMPTS = ["tea", "owl and fog?", "a b"]
