@@ -1,14 +1,15 @@
-"""Full-rank conditioning: K deltas on any parameters, merged into plain weights or mixed per row."""
+"""Full-rank conditioning: K deltas on any parameters, merged, or mixed per row."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..types import Preference
 from .base import Coefficients, Conditioner, Scope
@@ -40,6 +41,8 @@ class Mixture(Conditioner):
     """
 
     one_preference_per_batch = True
+    deltas: nn.ModuleList
+    shared_delta: nn.ParameterDict
 
     def __init__(
         self,
@@ -51,13 +54,15 @@ class Mixture(Conditioner):
         super().__init__(coefficients)
         if isinstance(targets, str) and targets not in PRESETS:
             raise ValueError(
-                f"Unknown preset '{targets}': use one of {', '.join(PRESETS)}, or a list of patterns."
+                f"Unknown preset '{targets}': use one of {', '.join(PRESETS)}, or a list of "
+                "patterns."
             )
         self.targets = targets
         self.rest = rest
         self.tied = tied or ("split" if targets == "logits" else "keep")
         self._places: list[list[tuple[nn.Module, str]]] = []
         self._merged: dict[Any, list[Tensor]] | None = None
+        self._model: Any = None
 
     def attach(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
         model.requires_grad_(False)
@@ -77,7 +82,7 @@ class Mixture(Conditioner):
         self._places = [places for _, places in conditioned]
         for name, places in conditioned:
             for delta in self.deltas:
-                delta[_key(name)] = nn.Parameter(_zeros(places))
+                delta[_key(name)] = nn.Parameter(_zeros(places))  # type: ignore[operator]
         if self.rest == "train":
             self._places += [places for _, places in others]
             for name, places in others:
@@ -86,7 +91,7 @@ class Mixture(Conditioner):
 
     def _owners(self, model: nn.Module) -> Iterator[tuple[str, list[tuple[nn.Module, str]]]]:
         """Every parameter with all modules that hold it; a split output layer stands alone."""
-        output = model.get_output_embeddings()  # type: ignore[operator]
+        output = self._model.get_output_embeddings()
         found: dict[Any, tuple[str, list[tuple[nn.Module, str]]]] = {}
         for prefix, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -100,14 +105,10 @@ class Mixture(Conditioner):
         if self.targets == "full":
             return True
         if self.targets == "attention":
-            module = places[0][0]
-            return (
-                in_attention(name.rsplit(".", 1)[0])
-                and places[0][0].weight.ndim == 2
-                and not (isinstance(module, nn.Embedding))
-            )
+            linear = isinstance(places[0][0], (nn.Linear, Conv1D))
+            return linear and in_attention(name.rsplit(".", 1)[0])
         if self.targets == "logits":
-            output = self._model.get_output_embeddings()  # type: ignore[operator]
+            output = self._model.get_output_embeddings()
             return any(module is output for module, _ in places)
         return any(re.search(pattern, name) for pattern in self.targets)
 
@@ -157,19 +158,17 @@ class Mixture(Conditioner):
             finally:
                 self._merged = outer
 
-        from contextlib import nullcontext
-
         return nullcontext(), again()
 
     def _mixtures(self) -> list[tuple[list[tuple[nn.Module, str]], list[Tensor], list[int]]]:
         """For each parameter: where it stands, its deltas, and their coefficient columns."""
         k = len(self.deltas)
-        columns = [list(delta.values()) for delta in self.deltas]
+        copies = self.copies()
         shared = list(self.shared_delta.values())
         result: list[tuple[list[tuple[nn.Module, str]], list[Tensor], list[int]]] = []
         for i, places in enumerate(self._places):
             if i < self._num_conditioned:
-                result.append((places, [column[i] for column in columns], list(range(k))))
+                result.append((places, [copy[i] for copy in copies], list(range(k))))
             else:
                 result.append((places, [shared[i - self._num_conditioned]], [k]))
         return result
@@ -179,12 +178,12 @@ class Mixture(Conditioner):
         key = _merge_key(coefficients)
         if self._merged is not None and key in self._merged:
             return self._merged[key]
-        merged = []
+        merged: list[Tensor] = []
         for places, deltas, columns in self._mixtures():
             module, name = places[0]
             base = module._parameters[name]
             assert base is not None
-            total = base
+            total: Tensor = base
             for delta, column in zip(deltas, columns, strict=True):
                 total = torch.addcmul(total, delta.to(base.dtype), coefficients[column].to(base))
             merged.append(total)
@@ -215,7 +214,7 @@ class Mixture(Conditioner):
         return why_not_rows(dict(zip(self._labels, self._places, strict=False)))
 
     def copies(self) -> list[list[nn.Parameter]]:
-        return [list(delta.values()) for delta in self.deltas]
+        return [list(delta.parameters()) for delta in self.deltas]
 
     def shared(self) -> list[nn.Parameter]:
         return list(self.shared_delta.values())

@@ -149,8 +149,10 @@ class SoftPrompt(_Around):
         return [[vector] for vector in self.vectors]
 
     def fold(self, preference: Preference) -> dict[str, Tensor]:
-        """Plain weights: every token's embedding carries the preference's vector, the output
-        layer does not, so a tied table comes apart."""
+        """Plain weights: the preference's vector is in the embedding of every token.
+
+        The output layer does not carry it, so a tied table comes apart.
+        """
         state = super().fold(preference)
         vectors = torch.stack(list(self.vectors)).detach()
         added = (self.coefficients(preference)[0, :-1].detach() @ vectors).to(vectors)

@@ -50,7 +50,7 @@ def mix_rows(
             layers.setdefault(module, {})[name] = (deltas, columns)
     before = {module: module.__dict__.get("forward") for module in layers}
     for module, mixed in layers.items():
-        module.forward = partial(_forward, module, mixed, coefficients)  # type: ignore[method-assign]
+        module.forward = partial(_forward, module, mixed, coefficients)
     try:
         yield
     finally:
@@ -58,7 +58,7 @@ def mix_rows(
             if forward is None:
                 del module.forward
             else:
-                module.forward = forward  # type: ignore[method-assign]
+                module.forward = forward
 
 
 def _forward(module: nn.Module, mixed: Mixed, coefficients: Tensor, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, Literal, Self
 
 import torch
@@ -144,21 +145,21 @@ class CLPModule(FrontSweep, PolicyModule):
 
     # -- building ---------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:
+    def setup(self, stage: str) -> None:  # before the model is loaded
         data: Any = getattr(self.trainer, "datamodule", None)
-        if hasattr(data, "column_names"):  # before the model is loaded
+        if hasattr(data, "column_names"):
             self.rewards.check_columns(data.column_names)
-
-    def configure_model(self) -> None:
-        self.policy.build(self.rewards.names, self.seed)
-
-    def on_fit_start(self) -> None:
         if self.trainer.accumulate_grad_batches % self.rollout_batches:
             raise ValueError(
                 f"rollout_batches={self.rollout_batches} must divide accumulate_grad_batches="
                 f"{self.trainer.accumulate_grad_batches}: otherwise a response would be trained "
                 "on after the policy that sampled it has moved."
             )
+
+    def configure_model(self) -> None:
+        self.policy.build(self.rewards.names, self.seed)
+
+    def on_fit_start(self) -> None:
         fit_statistics(self, self.statistics_prompts, self.statistics_samples)
 
     # -- the algorithm ----------------------------------------------------------------------
@@ -329,17 +330,14 @@ class CLPModule(FrontSweep, PolicyModule):
         return path or None
 
     def _trainer_state(self) -> Any:
+        """What TRL's rewards may ask of the trainer."""
         if self._trainer is None:
             return None
-        return TrainerState(self.global_step, self.trainer.max_steps)
-
-
-class TrainerState:
-    """What TRL's rewards may ask of the trainer."""
-
-    def __init__(self, global_step: int, max_steps: int) -> None:
-        self.global_step = global_step
-        self.max_steps = max_steps
+        return SimpleNamespace(
+            global_step=self.global_step,
+            max_steps=self.trainer.max_steps,
+            epoch=self.current_epoch,
+        )
 
 
 def _groups_without_spread(centred: Tensor, rollout: Rollout) -> Tensor:

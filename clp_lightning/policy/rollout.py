@@ -146,8 +146,10 @@ class TransformersEngine(Engine):
 
 
 def _answerable_together(policy: Policy, preference: Preference) -> list[Tensor]:
-    """Rows of the preference that one forward can answer for: all, or one preference at a time
-    where the conditioner cannot mix rows."""
+    """Rows of the preference that one forward can answer for.
+
+    All of them, or one preference at a time where the conditioner cannot mix rows.
+    """
     device = policy.model.device
     if policy.is_reference or policy.conditioner.why_not_rows() is None:
         return [torch.arange(len(preference), device=device)]
