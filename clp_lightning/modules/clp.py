@@ -149,7 +149,7 @@ class CLPModule(FrontSweep, PolicyModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "column_names"):
             self.rewards.check_columns(data.column_names)
-        if self.trainer.accumulate_grad_batches % self.rollout_batches:
+        if stage == "fit" and self.trainer.accumulate_grad_batches % self.rollout_batches:
             raise ValueError(
                 f"rollout_batches={self.rollout_batches} must divide accumulate_grad_batches="
                 f"{self.trainer.accumulate_grad_batches}: otherwise a response would be trained "
