@@ -34,7 +34,7 @@ class Coefficients(Described, nn.Module, ABC):
         super().__init__()
         self.shared = shared
 
-    def build(self, num_rewards: int) -> None:
+    def build(self, num_rewards: int, seed: int) -> None:
         """Creates weights, where there are any; called once by ``Conditioner.attach``."""
 
     @abstractmethod
@@ -75,11 +75,13 @@ class Gate(Coefficients):
         self.hidden = hidden
         self.gate: nn.Sequential | None = None
 
-    def build(self, num_rewards: int) -> None:
-        last = nn.Linear(self.hidden, num_rewards)
+    def build(self, num_rewards: int, seed: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            first, last = nn.Linear(num_rewards + 1, self.hidden), nn.Linear(self.hidden, num_rewards)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.gate = nn.Sequential(nn.Linear(num_rewards + 1, self.hidden), nn.Tanh(), last)
+        self.gate = nn.Sequential(first, nn.Tanh(), last)
 
     def copies(self, preference: Preference) -> Tensor:
         assert self.gate is not None, "Conditioner.attach builds the gate"

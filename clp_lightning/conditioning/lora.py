@@ -78,7 +78,7 @@ class LoRA(Conditioner):
                 f"start_from names {unknown}, which are not among the rewards {list(names)}."
             )
         model.requires_grad_(False)
-        self.coefficients.build(len(names))
+        self.coefficients.build(len(names), seed)
         # A prefix, because PEFT mistakes some plain names ("a", "default") for its own.
         self._adapters = {f"reward_{name}": column for column, name in enumerate(names)}
         start_from = {f"reward_{name}": path for name, path in self.start_from.items()}
@@ -214,6 +214,7 @@ def _inject(model: nn.Module, adapter: str, config: LoraConfig, folder: str | No
     if not isinstance(stored, LoraConfig):
         raise ValueError(f"{folder} holds a {stored.peft_type} adapter; LoRA needs a LoRA one.")
     stored.inference_mode = False
+    stored.lora_dropout = 0.0  # how it was trained, no part of what it computes
     inject_adapter_in_model(stored, model, adapter_name=adapter)
     # PEFT saves names below its own wrapper.
     plain = {key.removeprefix("base_model.model."): value for key, value in found.items()}

@@ -66,7 +66,7 @@ class Mixture(Conditioner):
 
     def attach(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
         model.requires_grad_(False)
-        self.coefficients.build(len(names))
+        self.coefficients.build(len(names), seed)
         object.__setattr__(self, "_model", model)  # registered once, by the policy
         self.deltas = nn.ModuleList(nn.ParameterDict() for _ in names)
         self.shared_delta = nn.ParameterDict()

@@ -142,8 +142,11 @@ class SupervisedModule(PolicyModule):
         responses = [str(response) for response in batch.columns[self.response_column]]
         policy = self.policy
         input_ids, prompt_mask = policy.encode(batch.prompts)
+        # Of several stop tokens the tokenizer's own closes a turn of the chat template.
+        eos = policy.tokenizer.eos_token_id
+        end = policy.stop_ids[:1] if eos is None else [eos]
         tokens = [
-            [*policy.tokenizer(text, add_special_tokens=False)["input_ids"], *policy.stop_ids[:1]]
+            [*policy.tokenizer(text, add_special_tokens=False)["input_ids"], *end]
             for text in responses
         ]
         kept = [row[: self.max_response_tokens] for row in tokens]

@@ -64,7 +64,8 @@ class FrontSweep(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         fit_statistics(self, self.statistics_prompts, self.statistics_samples)  # type: ignore[arg-type]
-        self.front = Front(self.rewards.names, self.eval_preferences, self.reference_point)
+        front = Front(self.rewards.names, self.eval_preferences, self.reference_point)
+        self.front = front.to(self.device)  # NCCL gathers from the GPU only
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         for rollout, point in self.sweep(batch, with_reference=True):

@@ -103,6 +103,11 @@ class Encoding(Described):
             for m in messages
         ]
         longest = max(range(len(texts)), key=lambda i: len(texts[i]))
+        if not texts[longest]:
+            raise ValueError(
+                f"A conversation is over max_prompt_tokens={self.max_prompt_tokens} and has no "
+                f"user message of plain text to shorten: {str(messages)[:80]!r}... Raise the limit."
+            )
         content = tokenizer(texts[longest], add_special_tokens=False)["input_ids"]
         kept = len(content)
         while True:

@@ -29,6 +29,7 @@ def speed_up_frozen_linears(model: nn.Module) -> None:
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     weight = layer.weight
     plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    plain = plain and not torch.is_autocast_enabled("cpu")
     # Merged full-rank weights stand here as tensors with a gradient of their own.
     if not (plain and _helps()) or weight.requires_grad:
         return nn.Linear.forward(layer, x)

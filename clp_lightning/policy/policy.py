@@ -160,7 +160,11 @@ class Policy(nn.Module):
 
         With prompt-CLP the reference sees the plain prompt.
         """
-        ids, mask = rollout.input_ids, rollout.prompt_mask
+        if not len(rollout):  # every response was dropped
+            return torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
+        ids, mask, groups = rollout.input_ids, rollout.prompt_mask, rollout.groups
+        if self.is_reference:  # it reads a prompt once, whatever the preferences
+            groups = rollout.prompt_ids.unique(return_inverse=True)[1].to(ids.device)
         if self.is_reference and rollout.reference_input_ids is not None:
             assert rollout.reference_prompt_mask is not None
             ids, mask = rollout.reference_input_ids, rollout.reference_prompt_mask
@@ -172,7 +176,7 @@ class Policy(nn.Module):
                 ids,
                 mask,
                 rollout.response_ids,
-                rollout.groups,
+                groups,
                 self.rows,
                 self.temperature,
             )

@@ -102,5 +102,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[
     below = torch.nextafter(total, torch.zeros_like(total))
     target = (uniform.to(total.dtype).unsqueeze(-1) * total).minimum(below)
     tokens = torch.searchsorted(cumulative, target, right=True)
+    # Logits that are not finite give no place; their log-probability tells, not an index error.
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)
     logp = probabilities.gather(-1, tokens).log()
     return tokens.squeeze(-1), logp.squeeze(-1)
