@@ -78,7 +78,10 @@ class Gate(Coefficients):
     def build(self, num_rewards: int, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            first, last = nn.Linear(num_rewards + 1, self.hidden), nn.Linear(self.hidden, num_rewards)
+            first, last = (
+                nn.Linear(num_rewards + 1, self.hidden),
+                nn.Linear(self.hidden, num_rewards),
+            )
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.gate = nn.Sequential(first, nn.Tanh(), last)

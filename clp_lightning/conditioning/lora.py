@@ -214,7 +214,6 @@ def _inject(model: nn.Module, adapter: str, config: LoraConfig, folder: str | No
     if not isinstance(stored, LoraConfig):
         raise ValueError(f"{folder} holds a {stored.peft_type} adapter; LoRA needs a LoRA one.")
     stored.inference_mode = False
-    stored.lora_dropout = 0.0  # how it was trained, no part of what it computes
     inject_adapter_in_model(stored, model, adapter_name=adapter)
     # PEFT saves names below its own wrapper.
     plain = {key.removeprefix("base_model.model."): value for key, value in found.items()}
