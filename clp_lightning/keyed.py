@@ -55,7 +55,7 @@ def uniforms(seed: int, epoch: int, prompt_ids: Tensor, sample: Tensor, length: 
     block = np.arange(-(-length // 4), dtype=np.uint64)
     counter = (block, draw, ids & _LOW, np.uint64(epoch))
     words = philox(counter, key=(np.uint64(seed) & _LOW, ids >> _32 ^ np.uint64(seed) >> _32))
-    rows = np.stack(np.broadcast_arrays(*words), axis=-1).reshape(len(ids), -1)
+    rows = np.stack(np.broadcast_arrays(*words), axis=-1).reshape(len(ids), 4 * len(block))
     return torch.from_numpy(rows[:, :length] / 2.0**32)
 
 
