@@ -106,7 +106,7 @@ def test_shared_coefficient_and_gate() -> None:
     assert Weights()(preference).tolist() == [[0.25, 0.75, 0.5]]
     assert Weights(shared="constant")(preference).tolist() == [[0.25, 0.75, 1.0]]
     gate = Gate()
-    gate.build(2)
+    gate.build(2, seed=0)
     torch.testing.assert_close(gate(preference), torch.tensor([[0.125, 0.375, 0.5]]))
 
 
@@ -192,3 +192,14 @@ def test_bfloat16_base_keeps_adapters_in_float32(tiny_folder: Callable[..., Path
     rollout = TransformersEngine().generate(policy, prompt_batch(["ab"]), 2, Sampling(4))
     with policy.conditioned(rollout.preference):
         assert policy.logprobs(rollout).dtype == torch.float32
+
+
+def test_a_gate_is_seeded_by_the_run(tiny_folder: Callable[..., Path]) -> None:
+    gates = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)  # a global stream decides nothing
+        gate = Gate()
+        build_policy(tiny_folder("llama"), LoRA(rank=2, coefficients=gate))
+        gates.append(torch.cat([p.flatten() for p in gate.parameters()]))
+    assert torch.equal(*gates)
+    assert gates[0].abs().max() > 0

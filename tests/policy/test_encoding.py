@@ -68,3 +68,9 @@ def test_pad_token_inside_a_prompt_is_attended() -> None:
     assert mask.tolist() == [[True, True], [False, True]]
     ids, mask = pad([[0, 5], [7]], 0, side="right")
     assert ids.tolist() == [[0, 5], [7, 0]] and mask.tolist() == [[True, True], [True, False]]
+
+
+def test_nothing_but_user_text_is_shortened() -> None:
+    system = {"role": "system", "content": "Never lie. " * 9}
+    with pytest.raises(ValueError, match="no user message of plain text"):
+        Encoding(max_prompt_tokens=60)([[system, {"role": "assistant", "content": "ok"}]], CHAT)

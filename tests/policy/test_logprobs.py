@@ -148,3 +148,23 @@ def test_outside_a_scope_it_raises(tiny_folder: Callable[..., Path]) -> None:
         policy.logprobs(rollout)
     with pytest.raises(RuntimeError, match="outside a preference"):
         policy.model(input_ids=rollout.input_ids)
+
+
+def test_autocast_on_the_cpu(tiny_folder: Callable[..., Path]) -> None:
+    policy = build_policy(tiny_folder("llama"), perturb=0.1)
+    rollout = TransformersEngine().generate(policy, prompt_batch(["ab", "hello"]), 2, Sampling(6))
+    with torch.autocast("cpu", torch.bfloat16), policy.conditioned(rollout.preference):
+        logp = policy.logprobs(rollout)
+    assert logp.dtype == torch.float32
+    loss = logp.masked_fill(~rollout.response_mask, 0).sum()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in policy.trained_parameters().values())
+    torch.testing.assert_close(logp[0], rollout.logp[0], atol=0.5, rtol=0)
+
+
+def test_no_response_at_all(tiny_folder: Callable[..., Path]) -> None:
+    policy = build_policy(tiny_folder("llama"))
+    rollout = TransformersEngine().generate(policy, prompt_batch(["ab"]), 2, Sampling(6))
+    nothing = rollout.select(torch.zeros(2, dtype=torch.bool))
+    with policy.conditioned(nothing.preference):
+        assert policy.logprobs(nothing).shape == (0, rollout.response_ids.shape[1])

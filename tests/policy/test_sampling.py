@@ -108,3 +108,10 @@ def test_a_row_depends_on_its_own_key_only(tiny_folder: Callable[..., Path]) -> 
     other = engine.generate(policy, batch, 4, Sampling(8, seed=1))
     shape = min(other.response_ids.shape[1], together.response_ids.shape[1])
     assert not torch.equal(other.response_ids[:, :shape], together.response_ids[:, :shape])
+
+
+def test_weights_that_are_not_finite_show_in_the_log_probability() -> None:
+    logits = torch.full((2, 4), torch.nan)
+    tokens, logp = sample_tokens(logits, torch.tensor([0.0, 0.9]), Sampling())
+    assert ((tokens >= 0) & (tokens < 4)).all()  # no index error before the loss is looked at
+    assert logp.isnan().all()
