@@ -8,10 +8,12 @@ import multiprocessing
 import os
 import signal
 import socket
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
@@ -31,7 +33,7 @@ from clp_lightning import (
 )
 from clp_lightning.cli import main
 from clp_lightning.policy import Sampling, TransformersEngine
-from clp_lightning.rewards import Reward
+from clp_lightning.rewards import Reward, Scores
 
 
 def kind(completions: list[str], **_: Any) -> list[float]:
@@ -324,3 +326,48 @@ class Backwards(LoRA):
 
     def rewrite(self, prompt: Any, preference: Preference) -> Any:
         return self.mark + prompt[::-1]
+
+
+class Perturbed(CLPModule):
+    """Its copies start away from zero, the same for a copy of the same name.
+
+    Attributes:
+        seen: Every rollout that was trained on, with its scores.
+    """
+
+    seen: list[tuple[Rollout, Scores]]
+
+    def configure_model(self) -> None:
+        if self.policy.is_built:
+            return
+        super().configure_model()
+        self.seen = []
+        for name, parameter in self.policy.trained_parameters().items():
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data.add_(noise.to(parameter), alpha=0.1)
+
+    def score(self, rollout: Rollout) -> tuple[Rollout, Scores]:
+        self.seen.append(super().score(rollout))
+        return self.seen[-1]
+
+
+class Capture(torch.optim.SGD):
+    """Records every gradient and learning rate that a step is made with.
+
+    Attributes:
+        gradients: One list per step, in the order of the parameters; None where there is none.
+        rates: The learning rate of every group, one list per step.
+    """
+
+    gradients: ClassVar[list[list[Tensor | None]]] = []
+    rates: ClassVar[list[list[float]]] = []
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        groups = self.param_groups
+        grads = [p.grad for group in groups for p in group["params"]]
+        self.gradients.append([None if grad is None else grad.clone() for grad in grads])
+        self.rates.append([group["lr"] for group in groups])
+        super().step()
+        return loss

@@ -127,16 +127,12 @@ class CLPModule(FrontSweep, PolicyModule):
         self.samples_per_prompt = samples_per_prompt
         self.rollout_batches = rollout_batches
         self.truncation_penalty = truncation_penalty
+        if statistics_prompts and statistics_samples < 1:
+            raise ValueError(f"statistics_samples must be at least 1; got {statistics_samples}.")
         self.statistics_prompts = statistics_prompts
         self.statistics_samples = statistics_samples
         self.max_kl = max_kl
-        self.grid = grid or Grid()
-        self.small_grid = small_grid or Grid(divisions=1, alphas=self.grid.alphas)
-        self.grid.preferences(self.rewards.names)  # a wrong name or weight is an early error
-        self.small_grid.preferences(self.rewards.names)
-        self.eval_samples = eval_samples
-        self.eval_rows = eval_rows
-        self.reference_point = reference_point
+        self.describe_sweep(grid, small_grid, eval_samples, eval_rows, reference_point)
         self.engine = engine or TransformersEngine()
         self.sampling = Sampling(max_new_tokens, temperature, seed=self.seed)
         self.sampling.check_on_policy()

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from ..functional.kl import log_ratio
 from ..functional.logprobs import masked_sum
-from ..metrics import Front, FrontReport
+from ..metrics import Front, FrontReport, Grid
 from ..types import Preference, PromptBatch, Rollout
 from .statistics import EVALUATION_EPOCH, fit_statistics, uniform_preference
 
 if TYPE_CHECKING:
-    from ..metrics import Grid
     from ..policy import Engine, Policy, Sampling
     from ..rewards import RewardBank
 
@@ -47,6 +46,26 @@ class FrontSweep(LightningModule):
     full_grid: bool = False
     front_report: FrontReport | None = None
     front: Front
+
+    def describe_sweep(
+        self,
+        grid: Grid | None,
+        small_grid: Grid | None,
+        eval_samples: int,
+        eval_rows: int,
+        reference_point: list[float] | None,
+    ) -> None:
+        """Sets what fronts are measured on; a wrong name, weight or number is an early error."""
+        names = self.rewards.names
+        self.grid = grid or Grid()
+        self.small_grid = small_grid or Grid(divisions=1, alphas=self.grid.alphas)
+        for each in (self.grid, self.small_grid):
+            Front(names, each.preferences(names), reference_point)
+        for name, number in (("eval_samples", eval_samples), ("eval_rows", eval_rows)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1; got {number}.")
+        self.eval_samples, self.eval_rows = eval_samples, eval_rows
+        self.reference_point = reference_point
 
     @property
     def decoding(self) -> dict[str, Any]:
