@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,6 +80,11 @@ class SupervisedModule(PolicyModule):
         self.seed = resolve_seed(seed)
         self.tally = Tally()
 
+    def setup(self, stage: str) -> None:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "column_names"):  # before the model is loaded
+            self._check_column(data.column_names)
+
     def configure_model(self) -> None:
         self.policy.build([], self.seed)  # no rewards: only what all preferences share
 
@@ -128,17 +134,20 @@ class SupervisedModule(PolicyModule):
         with self.policy.conditioned(rollout.preference):
             return self.policy.logprobs(rollout), rollout.response_mask
 
+    def _check_column(self, columns: Collection[str]) -> None:
+        if self.response_column not in columns:
+            raise ValueError(
+                f"The data has no column '{self.response_column}' to learn from; it has "
+                f"{sorted(columns)}. Set response_column."
+            )
+
     def encode(self, batch: PromptBatch) -> Rollout:
         """The data's responses in the form of a rollout.
 
         Raises:
             ValueError: where the response column is missing.
         """
-        if self.response_column not in batch.columns:
-            raise ValueError(
-                f"The data has no column '{self.response_column}' to learn from; it has "
-                f"{sorted(batch.columns)}. Set response_column."
-            )
+        self._check_column(batch.columns)
         responses = [str(response) for response in batch.columns[self.response_column]]
         policy = self.policy
         input_ids, prompt_mask = policy.encode(batch.prompts)
