@@ -204,8 +204,15 @@ class CLPCallback(Callback, Described):
         self.per = per
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # A wrong name or number of weights is an error before the first step.
-        self.weights.sample(self._names(pl_module), generator(0))
+        # A wrong name or number of weights is an error before the model is loaded.
+        names = self._names(pl_module)
+        drawn = self.weights.sample(names, generator(0))
+        if drawn.shape != (len(names),):
+            raise ValueError(
+                f"{type(self.weights).__name__}.sample returned shape {tuple(drawn.shape)}; it "
+                f"must be one weight for each of the rewards {names}: ({len(names)},)."
+            )
+        check_weights(dict(zip(names, drawn.tolist(), strict=True)), names)
         if self.per == "prompt" and self._one_per_batch(pl_module):
             raise ValueError(
                 "This conditioner trains with one preference per batch; set CLPCallback's per to "

@@ -28,7 +28,7 @@ def load_rows(source: str | Docstrings | Dataset, config: str | None, split: str
 
     Raises:
         FileNotFoundError: for a file that does not exist.
-        ValueError: naming a source that cannot be read, or a split that it does not have.
+        ValueError: naming a source that is empty or cannot be read, or a split that it lacks.
     """
     if isinstance(source, Dataset):
         return source
@@ -39,7 +39,14 @@ def load_rows(source: str | Docstrings | Dataset, config: str | None, split: str
     if builder is not None:
         if not path.is_file():
             raise FileNotFoundError(f"The data file '{source}' does not exist.")
-        return load_dataset(builder, data_files=str(path), split="train")
+        try:
+            return load_dataset(builder, data_files=str(path), split="train")
+        except Exception as error:
+            why = error.__cause__ or error
+            raise ValueError(
+                f"The data file '{source}' has no rows or is not valid {builder}: "
+                f"{type(why).__name__} {why}"
+            ) from error
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = load_from_disk(str(path))
         if isinstance(saved, DatasetDict):

@@ -70,7 +70,7 @@ class CLPModule(FrontSweep, PolicyModule):
         lr_scheduler: Scheduler class and its arguments, stepped once per optimizer step.
         max_kl: Stops the run when the mean KL of a step, in nats per response, is above it.
         grid: Preferences of the front, at the end of ``fit`` and in ``validate`` and ``test``.
-        small_grid: Preferences of the front during ``fit``; the corners and the centre if None.
+        small_grid: Preferences of the front during ``fit``; the corners if None.
         eval_samples: Responses per prompt and preference of a front.
         eval_rows: Responses that are sampled at once for a front.
         reference_point: Of the hypervolume, one number per normalised reward; -1 each if None.
@@ -156,6 +156,7 @@ class CLPModule(FrontSweep, PolicyModule):
         self.policy.build(self.rewards.names, self.seed)
 
     def on_fit_start(self) -> None:
+        self.tally, self._generated = Tally(), None  # nothing is left of a run that was stopped
         fit_statistics(self, self.statistics_prompts, self.statistics_samples)
 
     # -- the algorithm ----------------------------------------------------------------------
@@ -187,7 +188,10 @@ class CLPModule(FrontSweep, PolicyModule):
 
     def generate(self, batch: PromptBatch) -> Rollout:
         """Samples ``samples_per_prompt`` responses to every prompt under its preference."""
-        return self.engine.generate(self.policy, batch, self.samples_per_prompt, self.sampling)
+        before = self.policy.encoding.truncated
+        rollout = self.engine.generate(self.policy, batch, self.samples_per_prompt, self.sampling)
+        self.tally.count("truncated_prompts", self.policy.encoding.truncated - before)
+        return rollout
 
     def score(self, rollout: Rollout) -> tuple[Rollout, Scores]:
         """The kept responses and their K rewards, raw and normalised."""

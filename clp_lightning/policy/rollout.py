@@ -48,6 +48,17 @@ class TransformersEngine(Engine):
     of the batch, the rank, or what was drawn before.
     """
 
+    def voices(self, policy: Policy, preference: Preference) -> tuple[Preference, Tensor | None]:
+        """Who speaks for each preference: the policy under it, and nobody else.
+
+        Subclasses let the policy speak under several preferences at once, see ``MOD``.
+
+        Returns:
+            P * v preferences, the v voices of a prompt side by side, and the exponent of each
+            voice in the distribution that is sampled from, shape (P, v); None for one voice.
+        """
+        return preference, None
+
     @torch.no_grad()
     def generate(self, policy: Policy, batch: PromptBatch, n: int, sampling: Sampling) -> Rollout:
         preference = batch.preference
@@ -71,9 +82,16 @@ class TransformersEngine(Engine):
             for asked in _answerable_together(policy, preference):
                 mine = torch.isin(rows, asked)
                 local = torch.searchsorted(asked, rows[mine])
-                with policy.answering(preference[asked]):
+                voices, share = self.voices(policy, preference[asked])
+                with policy.answering(voices):
                     ids, part, logps, finished[mine] = self._decode(
-                        policy, input_ids[asked], prompt_mask[asked], local, uniform[mine], sampling
+                        policy,
+                        input_ids[asked],
+                        prompt_mask[asked],
+                        local,
+                        uniform[mine],
+                        sampling,
+                        share,
                     )
                 response_ids[mine, : ids.shape[1]] = ids
                 mask[mine, : ids.shape[1]] = part
@@ -110,11 +128,15 @@ class TransformersEngine(Engine):
         rows: Tensor,
         uniform: Tensor,
         sampling: Sampling,
+        share: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens, mask and log-probabilities, shape (B, T), and which rows met a stop token."""
         stop = torch.tensor(policy.stop_ids, device=rows.device, dtype=torch.long)
-        with policy.rows(torch.arange(len(input_ids), device=rows.device)):
-            prefix = read_prompt(policy.model, input_ids, prompt_mask).select(rows)
+        v = 1 if share is None else share.shape[1]
+        spoken = torch.arange(len(input_ids) * v, device=rows.device)  # a row per prompt and voice
+        with policy.rows(spoken):
+            prefix = read_prompt(policy.model, input_ids[spoken // v], prompt_mask[spoken // v])
+            prefix = prefix.select(_voices_of(rows, v))
         shape = (len(rows), sampling.max_new_tokens)
         tokens = torch.full(shape, policy.pad_id, device=rows.device)
         mask = torch.zeros(shape, dtype=torch.bool, device=rows.device)
@@ -124,9 +146,13 @@ class TransformersEngine(Engine):
         running = torch.arange(len(rows), device=rows.device)  # responses the model still computes
         scope = ExitStack()
         with scope:
-            scope.enter_context(policy.rows(rows))
+            scope.enter_context(policy.rows(_voices_of(rows, v)))
             for step in range(sampling.max_new_tokens):
-                token, logp = sample_tokens(prefix.logits, uniform[running, step], sampling)
+                logits = prefix.logits
+                if share is not None:  # a geometric mixture: exponents on the log-probabilities
+                    each = logits.log_softmax(-1).unflatten(0, (-1, v))  # (rows, v, V)
+                    logits = (share[rows[running]].to(each).unsqueeze(-1) * each).sum(1)
+                token, logp = sample_tokens(logits, uniform[running, step], sampling)
                 # The first stop token ends the response and belongs to it; nothing else does.
                 open_ = ~finished[running]
                 mask[running, step] = open_
@@ -137,12 +163,18 @@ class TransformersEngine(Engine):
                 if not len(left) or step + 1 == sampling.max_new_tokens:
                     break
                 if len(left) <= _COMPACT_AT * len(running):
-                    prefix, token, running = prefix.select(left), token[left], running[left]
+                    prefix, token = prefix.select(_voices_of(left, v)), token[left]
+                    running = running[left]
                     scope.close()
-                    scope.enter_context(policy.rows(rows[running]))
-                extend(policy.model, prefix, token.unsqueeze(-1))
+                    scope.enter_context(policy.rows(_voices_of(rows[running], v)))
+                extend(policy.model, prefix, token.repeat_interleave(v).unsqueeze(-1))
         length = step + 1
         return tokens[:, :length], mask[:, :length], logps[:, :length], finished
+
+
+def _voices_of(rows: Tensor, v: int) -> Tensor:
+    """Where the v voices of each row stand, side by side."""
+    return (rows.unsqueeze(-1) * v + torch.arange(v, device=rows.device)).flatten()
 
 
 def _answerable_together(policy: Policy, preference: Preference) -> list[Tensor]:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,16 @@ class RewardBank(nn.Module):
         self.metrics: dict[str, float] = {}
         self.extra: dict[str, list[Any]] = {}
         self.dropped = 0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves the statistics, but never to half precision, which would change the objective."""
+        exact = {"mean": self.mean, "std": self.std}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = getattr(self, name)
+            if after.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, before.to(after.device))
+        return self
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Refuse, before anything is loaded, data or models that the rewards cannot work with.
