@@ -241,8 +241,8 @@ def make_data(folder: Path, **options: Any) -> PromptDataModule:
     path = folder / "rows.jsonl"
     if not path.exists():
         write_rows(path)
-    arguments: dict[str, Any] = {"holdout": 4, "batch_size": 2, "seed": 3}
-    return PromptDataModule(str(path), **(arguments | options))
+    arguments: dict[str, Any] = {"source": str(path), "holdout": 4, "batch_size": 2, "seed": 3}
+    return PromptDataModule(**(arguments | options))
 
 
 def write_config(path: Path, config: dict[str, Any]) -> str:

@@ -202,6 +202,10 @@ def test_bad_data_is_refused_in_setup(tmp_path: Path) -> None:
         ready(columns={"text": "body"})
     with pytest.raises(FileNotFoundError, match=r"missing\.jsonl' does not exist"):
         ready(source=str(tmp_path / "missing.jsonl"))
+    for name, text in [("a.jsonl", ""), ("b.csv", "prompt\n"), ("c.csv", ""), ("d.jsonl", "{x}")]:
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{name}' has no rows or is not valid (json|csv): "):
+            ready(source=str(tmp_path / name))
     with pytest.raises(ValueError, match=r"has no split 'dev', only \['test', 'train'\]"):
         ready(source=write(tmp_path, "splits"), split="dev")
     with pytest.raises(ValueError, match="Cannot load the data set 'no/such_name'"):
