@@ -275,10 +275,8 @@ def _samples(rollout: Rollout) -> Samples:
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(rollout.prompts, rollout.completions, strict=True)
     ]
-    ids = [
-        row[mask].tolist()
-        for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
-    ]
+    lengths = rollout.lengths.tolist()
+    ids = [row[:length] for row, length in zip(rollout.response_ids.tolist(), lengths, strict=True)]
     given = {"prompts": rollout.prompts, "completions": completions, "completion_ids": ids}
     return given | rollout.columns
 

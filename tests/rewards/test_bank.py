@@ -353,3 +353,12 @@ def test_the_bank_has_no_parameters_and_only_statistics_in_its_state() -> None:
     bank = RewardBank({"short": Brevity(), "plain": Plain()})
     assert not list(bank.parameters())
     assert set(bank.state_dict()) == {"mean", "std", "fitted"}
+
+
+def test_statistics_stay_exact_in_half_precision() -> None:
+    bank = RewardBank({"length": length}, statistics={"length": (-5.2513, 0.9173)})
+    exact = bank.mean.clone(), bank.std.clone()
+    bank.to(torch.bfloat16)
+    assert torch.equal(bank.mean, exact[0])
+    assert torch.equal(bank.std, exact[1])
+    assert bank.double().mean.dtype == torch.float64
