@@ -173,7 +173,8 @@ def main() -> int:
         print(json.dumps(measure(args.variant, args.model, args.device)))
         return 0
     # Freed blocks go back to the kernel at once, so that the mark is what was in use.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
+    malloc = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
+    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **malloc}
     found = {}
     for variant in VARIANTS:
         command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
