@@ -191,5 +191,6 @@ def _answerable_together(policy: Policy, preference: Preference) -> list[Tensor]
 
 
 def _texts(policy: Policy, response_ids: Tensor, mask: Tensor) -> list[str]:
-    kept = [ids[m].tolist() for ids, m in zip(response_ids.cpu(), mask.cpu(), strict=True)]
+    lengths = mask.sum(-1).tolist()
+    kept = [row[:length] for row, length in zip(response_ids.tolist(), lengths, strict=True)]
     return policy.tokenizer.batch_decode(kept, skip_special_tokens=True)

@@ -109,10 +109,13 @@ def _number(value: Any, row: int) -> float:
     return float(value)
 
 
+_PLAIN = (str, int, float, type(None))  # most of what there is: spared the call
+
+
 def _copy(value: Any) -> Any:
     """A copy of nested lists and dicts; what they hold is shared."""
     if isinstance(value, list):
-        return [_copy(item) for item in value]
+        return [item if type(item) in _PLAIN else _copy(item) for item in value]
     if isinstance(value, dict):
         return {key: _copy(item) for key, item in value.items()}
     return value
@@ -122,7 +125,9 @@ def _same(copy: Any, value: Any) -> bool:
     """Whether ``_copy(value)`` still holds what ``value`` holds."""
     if isinstance(value, list):
         same_length = isinstance(copy, list) and len(copy) == len(value)
-        return same_length and all(map(_same, copy, value))
+        return same_length and all(
+            one is other or _same(one, other) for one, other in zip(copy, value, strict=True)
+        )
     if isinstance(value, dict):
         same_keys = isinstance(copy, dict) and copy.keys() == value.keys()
         return same_keys and all(_same(copy[key], value[key]) for key in value)
