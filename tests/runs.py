@@ -92,7 +92,8 @@ class Kill(Callback):
     """Kills its process, as a machine that fails does.
 
     Args:
-        where: ``train`` (a batch), ``epoch`` (the end of a pass) or ``validation`` (a batch).
+        where: ``train`` (a batch), ``window`` (the second batch of two that make a step),
+            ``epoch`` (the end of a pass) or ``validation`` (a batch).
         step: Optimizer steps that are done by then.
     """
 
@@ -103,8 +104,12 @@ class Kill(Callback):
         if where == self.where and trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._kill("train", trainer)
+        if batch_idx % 2:
+            self._kill("window", trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         self._kill("epoch", trainer)

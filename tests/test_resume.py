@@ -101,7 +101,26 @@ def test_resumed_run_ends_in_the_same_bits(
     first, second = training_records(tmp_path / "first"), training_records(tmp_path / "second")
     assert first == records[: len(first)]
     assert second == records[saved * BATCHES_PER_STEP :]
+    assert_same_end(run, expected)
+    assert (run / "front.json").is_file()
+
+
+def assert_same_end(run: Path, expected: dict[str, Any]) -> None:
     found = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
         assert same(found[key], expected[key]), key
-    assert (run / "front.json").is_file()
+
+
+def test_killed_again_within_the_first_step_after_a_resume(
+    whole: tuple[list[dict[str, Any]], dict[str, Any]],
+    tiny_folder: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    # A checkpoint between the two batches of a step would lose the first one's gradient.
+    config, run = config_of(tmp_path, tiny_folder()), tmp_path / "run"
+    assert fit(config, tmp_path / "first", *kill("train", 4)) == -signal.SIGKILL
+    again = [f"--ckpt_path={run}"]
+    assert fit(config, tmp_path / "second", *kill("window", 3), *again) == -signal.SIGKILL
+    assert fit(config, tmp_path / "third", *again) == 0
+    assert training_records(tmp_path / "third") == whole[0][3 * BATCHES_PER_STEP :]
+    assert_same_end(run, whole[1])
