@@ -15,6 +15,15 @@ from torch import Tensor
 Message = dict[str, Any]
 Prompt = str | list[Message]
 """A prompt is a plain string, or a conversation: a list of messages."""
+REWARD_ARGUMENTS = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+)
+"""What every reward is called with, as in TRL, beside the columns of the data."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..types import Prompt, PromptBatch
+from ..types import REWARD_ARGUMENTS, Prompt, PromptBatch
 from .sampler import BatchKey
 
 if TYPE_CHECKING:
@@ -17,16 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RESERVED", "PromptFormat", "check_columns", "collate"]
 
-RESERVED = (
-    "weights",
-    "alpha",
-    "prompts",
-    "completions",
-    "completion_ids",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-)
+RESERVED = ("weights", "alpha", *REWARD_ARGUMENTS)
 """Names that rewards receive from the trainer, so no column may have them."""
 
 _PROMPT_COLUMNS = ("prompt", "messages", "text")

@@ -10,21 +10,12 @@ from typing import Any
 import torch
 
 from ..described import Described, load_object
-from ..types import Message, Prompt
+from ..types import REWARD_ARGUMENTS, Message, Prompt
 
 __all__ = ["Completion", "Function", "Reward", "RewardError", "Unavailable", "completion_text"]
 
 Completion = str | list[Message]
 """A completion is a plain string, or a list of one assistant message."""
-
-_GIVEN = {
-    "prompts",
-    "completions",
-    "completion_ids",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-}
 
 
 class RewardError(ValueError):
@@ -101,14 +92,14 @@ class Function(Reward):
             if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                 raise ValueError(
                     f"The reward {function!r} must accept **kwargs: like TRL's it is called with "
-                    f"{', '.join(sorted(_GIVEN))} and every column of the data."
+                    f"{', '.join(sorted(REWARD_ARGUMENTS))} and every column of the data."
                 )
             self.required_columns = tuple(
                 name
                 for name, p in parameters.items()
                 if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
                 and p.default is p.empty
-                and name not in _GIVEN | self.kwargs.keys()
+                and name not in {*REWARD_ARGUMENTS, *self.kwargs}
             )
 
     def __call__(self, prompts: list[Prompt], completions: list[Any], **columns: Any) -> Any:
