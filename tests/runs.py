@@ -51,6 +51,13 @@ def picky(completions: list[str], **_: Any) -> list[float]:
     return [math.inf if text[:1] < "A" else float(text.count("e")) for text in completions]
 
 
+def fails_on_tea(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """A reward that fails on every response to a prompt about tea."""
+    if any("tea" in prompt for prompt in prompts):
+        raise ConnectionError("no tea")
+    return [float(len(text)) for text in completions]
+
+
 class Counted(Reward):
     """A reward with an argument: how often a letter up to ``letter`` occurs, less ``target``."""
 

@@ -16,7 +16,9 @@ from tests.runs import in_child, main, on_two_processes, read_lines, run_config,
 EVALUATION = 2**31  # fronts and statistics have epochs from here on
 
 
-def config_of(folder: Path, base: Path, accumulate: int, **model: Any) -> str:
+def config_of(
+    folder: Path, base: Path, accumulate: int, model: dict[str, Any], callback: dict[str, Any]
+) -> str:
     """Double precision and plain gradient steps, so that weights differ as gradients do."""
     config = run_config(folder, base, accumulate_grad_batches=accumulate, max_steps=3)
     del config["trainer"]["gradient_clip_val"]
@@ -30,6 +32,7 @@ def config_of(folder: Path, base: Path, accumulate: int, **model: Any) -> str:
         "optimizer": {"class_path": "torch.optim.SGD"},
         **model,
     }
+    config["trainer"]["callbacks"][0]["init_args"] = callback
     return write_config(folder / "config.yaml", config)
 
 
@@ -62,23 +65,31 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     return state
 
 
+DROPS = {"on_reward_error": "drop"}
+
+
 @pytest.mark.parametrize(
-    "model",
+    ("model", "callback"),
     [
-        {},
-        {"rewards": {"kind": "tests.runs.kind", "picky": "tests.runs.picky"}}
-        | {"on_reward_error": "drop"},
+        ({}, {}),
+        (DROPS | {"rewards": {"kind": "tests.runs.kind", "picky": "tests.runs.picky"}}, {}),
+        # One process may lose all responses of a batch, the other none.
+        (DROPS | {"rewards": {"kind": "tests.runs.kind", "tea": "tests.runs.fails_on_tea"}}, {}),
+        ({}, {"weights": {"class_path": "Vertices"}, "per": "step"}),
     ],
-    ids=["plain", "dropped"],
+    ids=["plain", "some dropped", "all of a batch dropped", "idle copies"],
 )
 def test_the_same_tokens_and_gradients(
-    model: dict[str, Any], tiny_folder: Callable[..., Path], tmp_path: Path
+    model: dict[str, Any],
+    callback: dict[str, Any],
+    tiny_folder: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     # A pass has 8 batches: with 3 a step the last window of one process is incomplete, and so
     # two processes have steps of 2 x 3 and 2 x 1 batches.
     base = tiny_folder()
     for name, accumulate in (("one", 6), ("two", 3)):
-        config = config_of(tmp_path / name, base, accumulate, **model)
+        config = config_of(tmp_path / name, base, accumulate, model, callback)
         if name == "one":
             assert in_child(main, ["fit", "--config", config]) == 0
         else:

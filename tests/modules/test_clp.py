@@ -22,7 +22,17 @@ from clp_lightning import (
 from clp_lightning.conditioning import Weights
 from clp_lightning.rewards import Scores
 from clp_lightning.types import Rollout
-from tests.runs import Capture, Counted, Perturbed, kind, make_data, make_module, make_trainer
+from tests.runs import (
+    Capture,
+    Counted,
+    Perturbed,
+    fails_on_tea,
+    kind,
+    make_data,
+    make_module,
+    make_trainer,
+    picky,
+)
 from tests.tiny import EOS
 
 Gradients = list[Tensor | None]
@@ -203,18 +213,6 @@ def test_one_hot_weights_are_plain_finetuning(base: Pretrained, tmp_path: Path) 
 
 
 # -- dropped responses ---------------------------------------------------------------------------
-
-
-def picky(completions: list[str], **_: Any) -> list[float]:
-    """Fails on some responses."""
-    return [float("inf") if text[:1] < "A" else float(text.count("e")) for text in completions]
-
-
-def fails_on_tea(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """Fails on every response to a prompt about tea."""
-    if any("tea" in prompt for prompt in prompts):
-        raise ConnectionError("no tea")
-    return [float(len(text)) for text in completions]
 
 
 def fails_always(completions: list[str], **_: Any) -> list[float]:
