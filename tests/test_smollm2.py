@@ -55,7 +55,9 @@ def module() -> Watched:
     )
     module.configure_model()
     module.rewards.leave_raw()
-    module.training_step(prompt_batch(PROMPTS), 0).backward()
+    batch = prompt_batch(PROMPTS)
+    batch.nominal_size = len(batch)
+    module.training_step(batch, 0).backward()
     return module
 
 

@@ -64,7 +64,9 @@ def test_advantages_and_gradients(tiny_folder: Callable[..., Path], tmp_path: Pa
     for parameter in module.policy.trained_parameters().values():
         torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(1))
     preference = Preference(torch.ones(len(PROMPTS), 1), torch.full((len(PROMPTS),), ALPHA))
-    module.training_step(prompt_batch(PROMPTS, preference), 0).backward()
+    batch = prompt_batch(PROMPTS, preference)
+    batch.nominal_size = len(batch)
+    module.training_step(batch, 0).backward()
     rollout, ours = module.sampled, module.advantages[:, 0]
     assert 0 < rollout.truncated.sum() < len(rollout)
 

@@ -171,7 +171,7 @@ class CLPModule(FrontSweep, PolicyModule):
         ratio = log_ratio(logp.detach(), ref_logp)
         signals = self.signals(scores, ratio, rollout)  # (B, T, K + 1)
         advantage = self.advantage(signals, rollout)  # (B, T)
-        nominal = (batch.nominal_size or len(batch)) * self.samples_per_prompt
+        nominal = (batch.nominal_size or 1) * self.samples_per_prompt  # alike in all micro-batches
         loss = self.loss(logp, advantage, rollout, num_responses=nominal)
         self._count(rollout, scores, ratio, logp, loss, nominal)
         return loss

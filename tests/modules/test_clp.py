@@ -22,6 +22,7 @@ from clp_lightning import (
 from clp_lightning.conditioning import Weights
 from clp_lightning.rewards import Scores
 from clp_lightning.types import Rollout
+from tests.helpers import prompt_batch
 from tests.runs import (
     Capture,
     Counted,
@@ -456,3 +457,23 @@ def test_bad_arguments_are_refused_at_once(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_module(base, **options)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 1)])
+def test_batches_of_a_loader_of_the_users_own(
+    base: Pretrained, tmp_path: Path, sizes: tuple[int, int]
+) -> None:
+    """No ``nominal_size``, and micro-batches of any size: every response counts alike."""
+    rows = prompt_batch(["ab", "cd", "ef", "gh"])
+    found = []
+    for parts in ((4,), sizes):
+        Capture.gradients.clear()
+        module = make_module(base, Perturbed, optimizer=Capture, lr=0.0, statistics_prompts=0)
+        ends = torch.tensor(parts).cumsum(0).tolist()
+        batches = [rows.select(range(e - n, e)) for e, n in zip(ends, parts, strict=True)]
+        loader = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+        callback = CLPCallback(alpha=FixedAlpha(0.3))
+        runner = make_trainer(tmp_path, callback, max_steps=1, accumulate_grad_batches=len(parts))
+        runner.fit(module, loader)
+        found.append(Capture.gradients[0])
+    assert_same(found[1], found[0])
