@@ -93,7 +93,8 @@ class FrontSweep(LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.front_report = self.front.compute()
         for name, value in self.front_report.scalars().items():
-            self.log(f"val/{name}", value, prog_bar=name == "value")
+            # Equal on all ranks already; sync_dist keeps Lightning from warning of it.
+            self.log(f"val/{name}", value, prog_bar=name == "value", sync_dist=True)
 
     def on_test_epoch_start(self) -> None:
         self.on_validation_epoch_start()
@@ -104,7 +105,7 @@ class FrontSweep(LightningModule):
     def on_test_epoch_end(self) -> None:
         self.front_report = self.front.compute()
         for name, value in self.front_report.scalars().items():
-            self.log(f"test/{name}", value)
+            self.log(f"test/{name}", value, sync_dist=True)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One record per response: what was asked, under which preference, and the answer."""
