@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 # Known by their short names in a config: class_path: CLPModule.
 from . import callbacks, conditioning, data, exact, modules, rewards  # noqa: F401
@@ -42,7 +43,9 @@ class CLI(LightningCLI):
         """A run that was resumed behind its last step has trained nothing and swept nothing."""
         trainer: Any = self.trainer  # whose `callbacks` Lightning does not declare
         fronts = [c for c in trainer.callbacks if isinstance(c, FrontCallback)]
-        if fronts and not any(front.swept for front in fronts):
+        # With a launcher that forks, this process has not seen what its children did.
+        forks = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+        if fronts and not forks and not any(front.swept for front in fronts):
             self.trainer.validate(self.model, datamodule=self.datamodule)
 
 

@@ -104,7 +104,8 @@ class AlphaSampler(Described, ABC):
         """One alpha in [0, 1].
 
         Args:
-            progress: Share of the optimizer steps that are done, in [0, 1].
+            progress: Share of the optimizer steps that are done, in [0, 1]; NaN where their
+                number is not known.
             generator: Where chance comes from.
         """
 
@@ -139,6 +140,11 @@ class AnnealedAlpha(AlphaSampler):
         self.until = until
 
     def sample(self, progress: float, generator: Generator) -> float:
+        if math.isnan(progress):
+            raise ValueError(
+                "The number of training steps is not known, so alpha cannot be annealed; set the "
+                "Trainer's max_steps or max_epochs, or use FixedAlpha."
+            )
         share = min(1.0, progress / self.until)
         return self.start + share * (self.end - self.start)
 
@@ -223,7 +229,7 @@ class CLPCallback(Callback, Described):
         self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int
     ) -> None:
         steps = trainer.estimated_stepping_batches
-        progress = trainer.global_step / steps if math.isfinite(steps) else 0.0
+        progress = trainer.global_step / steps if math.isfinite(steps) else math.nan
         generators = self.generators(trainer, pl_module, batch)
         names = self._names(pl_module)
         batch.preference = self.sample(names, progress, generators).to(pl_module.device)

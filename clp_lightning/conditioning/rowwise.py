@@ -28,7 +28,9 @@ def why_not_rows(parameters: dict[str, list[Place]]) -> str | None:
         if "relative_attention_bias" in label:  # (query, key) positions in, no batch
             return f"the relative-position table {label} has no row axis"
         for module, name in places:
-            known = isinstance(module, (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm))
+            # By exact type: position tables of some families derive from Embedding and do more.
+            known = type(module) in (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm)
+            known = known or hasattr(module, "scalar_embed_scale")  # Gemma's scaled embedding
             if not known and not ("norm" in type(module).__name__.lower() and name == "weight"):
                 return f"{label} of a {type(module).__name__} is not known to be linear"
     return None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -134,3 +135,9 @@ def test_alpha_samplers() -> None:
 def test_bad_arguments_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_annealing_needs_a_number_of_steps() -> None:
+    assert FixedAlpha(0.2).sample(math.nan, generator(0)) == 0.2
+    with pytest.raises(ValueError, match="max_steps"):
+        AnnealedAlpha().sample(math.nan, generator(0))
