@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -17,11 +17,32 @@ class Described:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         self = super().__new__(cls)
-        # Partial, because copy and pickle call ``__new__`` without arguments.
-        bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
         # Past nn.Module's own __setattr__, which is not ready before __init__.
-        object.__setattr__(self, "init_args", dict(list(bound.arguments.items())[1:]))
+        object.__setattr__(self, "init_args", _bind(cls.__mro__, args, kwargs))
         return self
+
+
+def _bind(
+    classes: Sequence[type], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments by name; what a constructor passes on as ``*args, **kwargs`` is its parent's."""
+    if not args and not kwargs:
+        return {}
+    signature = inspect.signature(classes[0].__init__)  # type: ignore[misc]
+    # Partial, because copy and pickle call ``__new__`` without arguments.
+    bound = signature.bind_partial(None, *args, **kwargs).arguments
+    own: dict[str, Any] = {}
+    passed_args: tuple[Any, ...] = ()
+    passed: dict[str, Any] = {}
+    for name, value in list(bound.items())[1:]:
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            passed_args = value
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            passed = value
+        else:
+            own[name] = value
+    return {**_bind(classes[1:], passed_args, passed), **own}
 
 
 def import_path(obj: Callable[..., Any] | type) -> str:

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+
+from clp_lightning.described import Described, describe, import_path, load_object
+
+
+class Parent(Described):
+    def __init__(self, a: int, b: int = 2) -> None:
+        self.total = a + b
+
+
+class Passes(Parent):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
+class Adds(Parent):
+    def __init__(self, c: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.total += c
+
+
+def test_arguments_are_recorded_by_name() -> None:
+    assert Parent(1, b=3).init_args == {"a": 1, "b": 3}
+    assert Passes(1, b=3).init_args == {"a": 1, "b": 3}
+    assert Adds(5, a=1).init_args == {"a": 1, "c": 5}
+
+
+def test_copies_keep_their_arguments() -> None:
+    for made in (copy.deepcopy(Adds(5, a=1)), pickle.loads(pickle.dumps(Adds(5, a=1)))):
+        assert made.init_args == {"a": 1, "c": 5}
+        assert made.total == 8
+
+
+def test_describe() -> None:
+    assert describe({"x": [Parent(1)], "f": import_path}) == {
+        "x": [{"class_path": "tests.test_described.Parent", "init_args": {"a": 1}}],
+        "f": "clp_lightning.described.import_path",
+    }
+    assert describe(lambda: 0) is None
+    with pytest.raises(TypeError, match="cannot be described"):
+        describe(object())
+
+
+def test_objects_by_path() -> None:
+    assert load_object("clp_lightning.described.Described") is Described
+    with pytest.raises(ValueError, match="has no 'Nothing'"):
+        load_object("clp_lightning.described.Nothing")
+    with pytest.raises(ValueError, match="full path"):
+        load_object("nowhere")
