@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-__all__ = ["Described", "describe", "import_path", "load_object"]
+__all__ = ["Described", "check_choice", "describe", "import_path", "load_object"]
 
 
 class Described:
@@ -43,6 +43,23 @@ def _bind(
         else:
             own[name] = value
     return {**_bind(classes[1:], passed_args, passed), **own}
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    """``value`` itself, if it is one of ``allowed``.
+
+    Raises:
+        ValueError: naming the argument and what it may be.
+
+    Example:
+        >>> check_choice("per", "promt", ["prompt", "batch"])
+        Traceback (most recent call last):
+        ValueError: per must be 'prompt' or 'batch'; got 'promt'.
+    """
+    if value not in allowed:
+        *first, last = map(repr, allowed)
+        raise ValueError(f"{name} must be {', '.join(first)} or {last}; got {value!r}.")
+    return value
 
 
 def import_path(obj: Callable[..., Any] | type) -> str:

@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Generator, Tensor
 
-from ..described import Described
+from ..described import Described, check_choice
 from ..functional import check_alpha, check_weights, sample_weights, simplex_grid
 from ..keyed import generator
+from ..policy import Policy
 from ..types import Preference, PromptBatch
 
 __all__ = [
@@ -65,6 +66,8 @@ class UniformGrid(WeightSampler):
     """
 
     def __init__(self, divisions: int = 10) -> None:
+        if divisions < 1:
+            raise ValueError(f"divisions must be at least 1; got {divisions}.")
         self.divisions = divisions
 
     def sample(self, names: Sequence[str], generator: Generator) -> Tensor:
@@ -195,8 +198,8 @@ class CLPCallback(Callback, Described):
         weights: How weights are drawn; ``Dirichlet(0.5)`` if None.
         alpha: How the KL strength is drawn; ``AnnealedAlpha(0.6, 0.1, 0.6)`` if None.
         per: One preference per ``prompt``, per training ``batch`` (keyed by its first prompt;
-            full-rank conditioning needs it), or per optimizer ``step``. By default what the
-            conditioner needs.
+            full-rank conditioning needs it), or per optimizer ``step``. By default per prompt
+            where conditioner and model can mix rows, else per batch.
     """
 
     def __init__(
@@ -207,7 +210,7 @@ class CLPCallback(Callback, Described):
     ) -> None:
         self.weights = weights or Dirichlet()
         self.alpha = alpha or AnnealedAlpha()
-        self.per = per
+        self.per = check_choice("per", per, [None, "prompt", "batch", "step"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # A wrong name or number of weights is an error before the model is loaded.
@@ -219,6 +222,12 @@ class CLPCallback(Callback, Described):
                 f"must be one weight for each of the rewards {names}: ({len(names)},)."
             )
         check_weights(dict(zip(names, drawn.tolist(), strict=True)), names)
+        self._check_per(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_per(pl_module)  # once more: now there is a model
+
+    def _check_per(self, pl_module: LightningModule) -> None:
         if self.per == "prompt" and self._one_per_batch(pl_module):
             raise ValueError(
                 "This conditioner trains with one preference per batch; set CLPCallback's per to "
@@ -263,5 +272,8 @@ class CLPCallback(Callback, Described):
 
     @staticmethod
     def _one_per_batch(pl_module: Any) -> bool:
-        one: bool = pl_module.policy.conditioner.one_preference_per_batch
-        return one
+        """Whether the conditioner, or it on this model, cannot train on mixed batches."""
+        policy: Policy = pl_module.policy
+        if policy.conditioner.one_preference_per_batch:
+            return True
+        return policy.is_built and policy.conditioner.why_not_rows() is not None

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..described import Described
+from ..described import Described, check_choice
 from ..types import Preference, Prompt
 
 __all__ = ["Coefficients", "Conditioner", "Gate", "Scaled", "Scope", "Weights"]
@@ -32,7 +32,7 @@ class Coefficients(Described, nn.Module, ABC):
 
     def __init__(self, shared: Literal["scaled", "constant"] = "scaled") -> None:
         super().__init__()
-        self.shared = shared
+        self.shared = check_choice("shared", shared, ["scaled", "constant"])
 
     def build(self, num_rewards: int, seed: int) -> None:
         """Creates weights, where there are any; called once by ``Conditioner.attach``."""
@@ -45,7 +45,13 @@ class Coefficients(Described, nn.Module, ABC):
         """Coefficients of the K copies, then of the shared part, shape (B, K + 1)."""
         alpha = preference.alpha.unsqueeze(-1)
         shared = 1 - alpha if self.shared == "scaled" else torch.ones_like(alpha)
-        return torch.cat([self.copies(preference), shared], dim=-1)
+        copies = self.copies(preference)
+        if copies.shape != preference.weights.shape:
+            raise ValueError(
+                f"{type(self).__name__}.copies returned shape {tuple(copies.shape)}; it must be "
+                f"one coefficient per row and reward: {tuple(preference.weights.shape)}."
+            )
+        return torch.cat([copies, shared], dim=-1)
 
 
 class Scaled(Coefficients):
@@ -72,6 +78,8 @@ class Gate(Coefficients):
 
     def __init__(self, hidden: int = 16, shared: Literal["scaled", "constant"] = "scaled") -> None:
         super().__init__(shared)
+        if hidden < 1:
+            raise ValueError(f"hidden must be at least 1; got {hidden}.")
         self.hidden = hidden
         self.gate: nn.Sequential | None = None
 
@@ -185,7 +193,7 @@ class Conditioner(Described, nn.Module, ABC):
         if reason:
             raise ValueError(
                 f"Another preference in every row is not possible here: {reason}. Use one "
-                "preference per batch."
+                'preference per batch: CLPCallback(per="batch").'
             )
         coefficients = self.coefficients(preference)
         return self.open(Scope(coefficients if index is None else coefficients[index]))

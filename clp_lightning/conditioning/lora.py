@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from ..types import Preference
 from .base import Coefficients, Conditioner
-from .targets import select_layers
+from .targets import PRESETS, check_preset, select_layers
 
 __all__ = ["LoRA"]
 
@@ -60,6 +61,12 @@ class LoRA(Conditioner):
         super().__init__(coefficients)
         if rank < 1 or shared_rank < 0:
             raise ValueError(f"rank must be >= 1 and shared_rank >= 0; got {rank}, {shared_rank}.")
+        if not (scale > 0 and math.isfinite(scale)):
+            raise ValueError(f"scale must be above 0 and finite; got {scale}.")
+        if last_blocks is not None and last_blocks < 1:
+            raise ValueError(f"last_blocks must be at least 1; got {last_blocks}.")
+        check_preset(targets, PRESETS)
+        check_preset(shared_targets, PRESETS)
         self.rank = rank
         self.scale = scale
         self.targets = targets

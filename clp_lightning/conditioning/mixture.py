@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..described import check_choice
 from ..types import Preference
 from .base import Coefficients, Conditioner, Scope
 from .rowwise import mix_rows, why_not_rows
-from .targets import in_attention
+from .targets import check_preset, in_attention
 
 __all__ = ["Mixture"]
 
@@ -52,13 +53,10 @@ class Mixture(Conditioner):
         coefficients: Coefficients | None = None,
     ) -> None:
         super().__init__(coefficients)
-        if isinstance(targets, str) and targets not in PRESETS:
-            raise ValueError(
-                f"Unknown preset '{targets}': use one of {', '.join(PRESETS)}, or a list of "
-                "patterns."
-            )
+        check_preset(targets, PRESETS)
         self.targets = targets
-        self.rest = rest
+        self.rest = check_choice("rest", rest, ["train", "freeze"])
+        check_choice("tied", tied, [None, "keep", "split"])
         self.tied = tied or ("split" if targets == "logits" else "keep")
         self._places: list[list[tuple[nn.Module, str]]] = []
         self._merged: dict[Any, list[Tensor]] | None = None

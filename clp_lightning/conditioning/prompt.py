@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..described import check_choice
 from ..types import Preference, Prompt
 from .base import Coefficients, Conditioner, Scope
 from .mixture import Mixture
@@ -81,14 +82,14 @@ class PromptText(_Around):
         coefficients: Coefficients | None = None,
     ) -> None:
         super().__init__(rest, coefficients)
-        self.form = form
+        self.form = check_choice("form", form, ["number", "word"])
 
     def rewrite(self, prompt: Prompt, preference: Preference) -> Prompt:
         text = self.text(preference.weights[0].tolist(), float(preference.alpha[0]))
         if isinstance(prompt, str):
             return f"{text}{prompt}"
         row = max((i for i, m in enumerate(prompt) if m["role"] == "user"), default=0)
-        message = {**prompt[row], "content": f"{text}{prompt[row]['content']}"}
+        message = {**prompt[row], "content": _prepend(text, prompt[row]["content"])}
         return [*prompt[:row], message, *prompt[row + 1 :]]
 
     def text(self, weights: Sequence[float], alpha: float) -> str:
@@ -96,6 +97,16 @@ class PromptText(_Around):
         say = _word if self.form == "word" else "{:.2f}".format
         parts = [f"{name}: {say(w)}" for name, w in zip(self._names, weights, strict=True)]
         return f"[{', '.join(parts)}; stay close: {say(alpha)}]\n"
+
+
+def _prepend(text: str, content: Any) -> Any:
+    """``text`` in front of a message's content, a string or a list of parts."""
+    if isinstance(content, str):
+        return f"{text}{content}"
+    for i, part in enumerate(content):
+        if part.get("type") == "text":
+            return [*content[:i], {**part, "text": f"{text}{part['text']}"}, *content[i + 1 :]]
+    return [{"type": "text", "text": text}, *content]
 
 
 def _word(value: float) -> str:

@@ -8,10 +8,22 @@ from collections.abc import Sequence
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["PRESETS", "in_attention", "linear_names", "select_layers"]
+__all__ = ["PRESETS", "check_preset", "in_attention", "linear_names", "select_layers"]
 
 PRESETS = ("attention", "all-linear", "all-linear+output")
 _BLOCK = re.compile(r"\.(\d+)\.")
+
+
+def check_preset(targets: str | Sequence[str], presets: Sequence[str]) -> None:
+    """Refuses a string that is none of ``presets``.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if isinstance(targets, str) and targets not in presets:
+        raise ValueError(
+            f"Unknown preset '{targets}': use one of {', '.join(presets)}, or a list of patterns."
+        )
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -47,10 +59,7 @@ def select_layers(
     names = linear_names(model)
     output = model.get_output_embeddings()  # type: ignore[operator]
     is_output = {name: module is output for name, module in model.named_modules()}
-    if isinstance(targets, str) and targets not in PRESETS:
-        raise ValueError(
-            f"Unknown preset '{targets}': use one of {', '.join(PRESETS)}, or a list of patterns."
-        )
+    check_preset(targets, PRESETS)
     if targets == "attention":
         chosen = [name for name in names if in_attention(name)]
     elif targets == "all-linear":

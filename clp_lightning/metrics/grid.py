@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -30,6 +31,11 @@ class Grid:
     def __post_init__(self) -> None:
         if self.divisions < 1:
             raise ValueError(f"Grid.divisions must be at least 1, got {self.divisions}.")
+        alphas: Any = self.alphas
+        if not isinstance(alphas, (list, tuple)):
+            raise ValueError(
+                f"Grid.alphas is a list of KL strengths, such as [0.1]; got {alphas!r}."
+            )
         if not self.alphas:
             raise ValueError("Grid.alphas is empty; give at least one KL strength, such as [0.1].")
         if self.weights is not None and not self.weights:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..described import Described
+from ..described import Described, check_choice
 from ..types import Message, Prompt
 
 __all__ = ["Encoding", "pad"]
@@ -38,7 +38,7 @@ class Encoding(Described):
         if max_prompt_tokens < 1:
             raise ValueError(f"max_prompt_tokens must be at least 1; got {max_prompt_tokens}.")
         self.max_prompt_tokens = max_prompt_tokens
-        self.on_long = on_long
+        self.on_long = check_choice("on_long", on_long, ["truncate", "error"])
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.truncated = 0
 

@@ -38,7 +38,7 @@ def draw(
         seed=5,
         device=torch.device("cpu"),
         rewards=SimpleNamespace(names=NAMES),
-        policy=SimpleNamespace(conditioner=conditioner),
+        policy=SimpleNamespace(conditioner=conditioner, is_built=False),
     )
     trainer: Any = SimpleNamespace(global_step=step, estimated_stepping_batches=10)
     prompts: list[Any] = [f"prompt {i}" for i in ids]
@@ -129,7 +129,8 @@ def test_alpha_samplers() -> None:
         (lambda: AnnealedAlpha(until=0), r"share of the steps, in \(0, 1\]; got 0"),
         (lambda: UniformAlpha(0.5, 0.1), "low must not be above high"),
         (lambda: LogUniformAlpha(0.0, 0.1), "low must be above 0"),
-        (lambda: draw(CLPCallback(UniformGrid(0)), [1]), "divisions >= 1"),
+        (lambda: UniformGrid(0), "divisions must be at least 1; got 0"),
+        (lambda: CLPCallback(per="promt"), "per must be None, 'prompt', 'batch' or 'step'"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_arguments_are_refused(make: Any, message: str) -> None:

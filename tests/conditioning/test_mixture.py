@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -178,3 +179,15 @@ def test_prompt_text(tiny_folder: Callable[..., Path]) -> None:
     words = PromptText(form="word")
     words._names = ["kind", "short"]
     assert words.text([1.0, 0.0], 0.2) == "[kind: only, short: not at all; stay close: a little]\n"
+
+
+def test_text_in_front_of_a_list_of_parts() -> None:
+    conditioner = PromptText()
+    conditioner._names = ["kind"]
+    preference = Preference.single([1.0], 0.5)
+    image, words = {"type": "image", "url": "a.png"}, {"type": "text", "text": "What?"}
+    found: Any = conditioner.rewrite([{"role": "user", "content": [image, words]}], preference)
+    said = "[kind: 1.00; stay close: 0.50]\n"
+    assert found[0]["content"] == [image, {"type": "text", "text": f"{said}What?"}]
+    found = conditioner.rewrite([{"role": "user", "content": [image]}], preference)
+    assert found[0]["content"] == [{"type": "text", "text": said}, image]

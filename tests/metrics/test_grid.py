@@ -28,6 +28,7 @@ def test_default_is_15_weightings_of_3_rewards() -> None:
         ({"divisions": 0}, "Grid.divisions must be at least 1, got 0"),
         ({"alphas": []}, "Grid.alphas is empty"),
         ({"alphas": [1.5]}, "alpha, the KL strength"),
+        ({"alphas": 0.1}, r"list of KL strengths, such as \[0.1\]; got 0.1"),
         ({"weights": []}, "Grid.weights is empty"),
     ],
 )

@@ -74,3 +74,8 @@ def test_nothing_but_user_text_is_shortened() -> None:
     system = {"role": "system", "content": "Never lie. " * 9}
     with pytest.raises(ValueError, match="no user message of plain text"):
         Encoding(max_prompt_tokens=60)([[system, {"role": "assistant", "content": "ok"}]], CHAT)
+
+
+def test_a_misspelt_choice() -> None:
+    with pytest.raises(ValueError, match="on_long must be 'truncate' or 'error'; got 'truncat'"):
+        Encoding(on_long="truncat")  # type: ignore[arg-type]
