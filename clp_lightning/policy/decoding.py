@@ -17,8 +17,11 @@ class MOD(TransformersEngine):
     """Multi-objective decoding: the geometric mixture of the K single-reward policies.
 
     ``log pi(y_t) = sum_i w_i log pi(y_t | corner i) + const``, token by token (Shi et al., 2024).
-    The corners are the policy under one-hot weights, at the alpha that is asked for.
+    The corners are the policy under one-hot weights, at the alpha that is asked for. For
+    evaluation: what it samples from is no policy that could be trained.
     """
+
+    on_policy = False
 
     def voices(self, policy: Policy, preference: Preference) -> tuple[Preference, Tensor | None]:
         k = preference.num_rewards
@@ -31,11 +34,13 @@ class DeRa(TransformersEngine):
 
     ``log pi_alpha = (1 - lambda) log pi_ref + lambda log pi_alpha_min + const`` with
     ``lambda = (alpha_min / (1 - alpha_min)) (1 - alpha) / alpha`` (Liu et al., 2024; DESIGN:
-    section 5), for the policy trained at the smallest alpha.
+    section 5), for the policy trained at the smallest alpha. For evaluation, as ``MOD``.
 
     Args:
         alpha_min: KL strength of the policy that is mixed with the reference; in (0, 1).
     """
+
+    on_policy = False
 
     def __init__(self, alpha_min: float = 0.05) -> None:
         if not 0 < check_alpha(alpha_min) < 1:

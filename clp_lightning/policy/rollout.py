@@ -24,6 +24,9 @@ _COMPACT_AT = 0.75
 class Engine(Described, ABC):
     """Samples responses of a policy under a preference."""
 
+    #: False where it samples from something else than the policy, so that it cannot train it.
+    on_policy: bool = True
+
     @abstractmethod
     def generate(self, policy: Policy, batch: PromptBatch, n: int, sampling: Sampling) -> Rollout:
         """n responses for every prompt of ``batch``, each under its row of the preference.

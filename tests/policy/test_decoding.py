@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from clp_lightning import MOD, DeRa, LoRA, Policy, Preference, PromptBatch, Sampling, Weights
+from clp_lightning import (
+    MOD,
+    DeRa,
+    LoRA,
+    Policy,
+    Preference,
+    PromptBatch,
+    Sampling,
+    TransformersEngine,
+    Weights,
+)
 from tests.helpers import build_policy
 
 
@@ -57,3 +67,8 @@ def test_dera_needs_a_reference(tiny_folder: Callable[..., Path]) -> None:
     policy = build_policy(tiny_folder("llama"), LoRA(coefficients=Weights()))
     with pytest.raises(ValueError, match="vanish there"):
         sampled(policy, DeRa(0.2), Preference.single([0.3, 0.7], 0.5))
+
+
+def test_mixtures_are_for_evaluation() -> None:
+    assert TransformersEngine.on_policy
+    assert not MOD().on_policy and not DeRa().on_policy
