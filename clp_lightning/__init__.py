@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "AlphaSampler": "callbacks",
     "AnnealedAlpha": "callbacks",
     "Brevity": "rewards",
     "CLPCallback": "callbacks",
@@ -39,6 +40,7 @@ _HOME = {
     "LogUniformAlpha": "callbacks",
     "MOD": "policy",
     "Mixture": "conditioning",
+    "Pattern": "rewards",
     "Plain": "rewards",
     "Policy": "policy",
     "PredictionsCallback": "callbacks",
@@ -49,6 +51,7 @@ _HOME = {
     "PromptDataModule": "data",
     "Reward": "rewards",
     "RewardBank": "rewards",
+    "RewardError": "rewards",
     "Rollout": "types",
     "RunCheckpoint": "callbacks",
     "Rouge": "rewards",
@@ -58,11 +61,14 @@ _HOME = {
     "SupervisedModule": "modules",
     "SoftPrompt": "conditioning",
     "Support": "rewards",
+    "TrainingDiverged": "modules",
     "TransformersEngine": "policy",
     "UniformAlpha": "callbacks",
     "UniformGrid": "callbacks",
     "Vertices": "callbacks",
+    "WeightSampler": "callbacks",
     "Weights": "conditioning",
+    "completion_text": "rewards",
 }
 
 __all__ = sorted(_HOME)
