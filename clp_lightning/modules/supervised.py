@@ -19,6 +19,7 @@ from ..keyed import resolve_seed
 from ..policy import Encoding, Policy
 from ..policy.encoding import pad
 from ..pretrained import Pretrained, load_model
+from ..rewards import completion_text
 from ..types import Preference, PromptBatch, Rollout
 from .base import PolicyModule
 from .tally import Tally
@@ -141,14 +142,29 @@ class SupervisedModule(PolicyModule):
                 f"{sorted(columns)}. Set response_column."
             )
 
+    def _responses(self, batch: PromptBatch) -> list[str]:
+        texts = []
+        answers = batch.columns[self.response_column]
+        for prompt_id, answer in zip(batch.prompt_ids.tolist(), answers, strict=True):
+            messages = answer if isinstance(answer, list) else []
+            if not isinstance(answer, str) and not (messages and all(map(_has_text, messages))):
+                raise ValueError(
+                    f"Row {prompt_id}: the response in column '{self.response_column}' is "
+                    f"{answer!r}; it must be text or messages with text. Fill the row in or leave "
+                    "it out."
+                )
+            texts.append(completion_text(answer))
+        return texts
+
     def encode(self, batch: PromptBatch) -> Rollout:
         """The data's responses in the form of a rollout.
 
         Raises:
-            ValueError: where the response column is missing.
+            ValueError: where the response column is missing, or a response is neither text nor
+                messages.
         """
         self._check_column(batch.columns)
-        responses = [str(response) for response in batch.columns[self.response_column]]
+        responses = self._responses(batch)
         policy = self.policy
         input_ids, prompt_mask = policy.encode(batch.prompts)
         # Of several stop tokens the tokenizer's own closes a turn of the chat template.
@@ -176,6 +192,10 @@ class SupervisedModule(PolicyModule):
             truncated=torch.tensor([len(a) < len(b) for a, b in zip(kept, tokens, strict=True)]),
             columns=batch.columns,
         )
+
+
+def _has_text(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("content"), str)
 
 
 def _unconditional(rows: int) -> Preference:

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from clp_lightning import Pretrained, RunCheckpoint, SupervisedModule
+from clp_lightning import Pretrained, PromptBatch, Rollout, RunCheckpoint, SupervisedModule
 from tests.runs import Capture, make_data, read_lines
 from tests.tiny import ENCODER_DECODERS, EOS
 
@@ -150,6 +150,23 @@ def test_long_responses_are_cut_and_have_no_stop_token(
     rollout = module.encode(next(iter(data.train_dataloader())))
     assert rollout.response_ids.shape[1] == 3  # "tea." has four tokens and a stop token
     assert not (rollout.response_ids == EOS).any() and rollout.truncated.all()
+
+
+def test_responses_may_be_messages(tiny_folder: Callable[..., Path]) -> None:
+    module = make_module(tiny_folder(), response_column="completion")
+    module.configure_model()
+
+    def encode(*answers: Any) -> Rollout:
+        columns = {"completion": list(answers)}
+        ids = torch.arange(5, 5 + len(answers))
+        return module.encode(PromptBatch(["tea"] * len(answers), ids, columns))
+
+    rollout = encode([{"role": "assistant", "content": "owl"}], "owl")
+    assert rollout.completions == ["owl", "owl"]
+    assert torch.equal(rollout.response_ids[0], rollout.response_ids[1])
+    for wrong in (None, 3, [], ["owl"], [{"role": "assistant", "content": None}]):
+        with pytest.raises(ValueError, match="Row 6: the response in column 'completion' is "):
+            encode("owl", wrong)
 
 
 def test_a_missing_column_is_named_before_the_model_is_loaded(
