@@ -21,16 +21,25 @@ class Brevity(Reward):
 
     Args:
         target: The best number of words.
-        low: Fewer words than the target that are worth 0.
-        high: More words than the target that are worth 0.
-        longest: So many words are worth -1, as are more.
+        low: Fewer words than the target that are worth 0; half the target if None.
+        high: More words than the target that are worth 0; twice the target if None.
+        longest: So many words are worth -1, as are more; three times the target if None.
 
     Example:
         >>> Brevity()(["p"] * 3, ["one two three four", "one two three", ""])
         [1.0, 0.5, -1.0]
     """
 
-    def __init__(self, target: int = 4, low: int = 2, high: int = 8, longest: int = 12) -> None:
+    def __init__(
+        self,
+        target: int = 4,
+        low: float | None = None,
+        high: float | None = None,
+        longest: float | None = None,
+    ) -> None:
+        low = target / 2 if low is None else low
+        high = 2 * target if high is None else high
+        longest = 3 * target if longest is None else longest
         if not 0 < low < target < high < longest:
             raise ValueError(
                 "Brevity needs 0 < low < target < high < longest; got "

@@ -24,6 +24,12 @@ def test_brevity_is_piecewise_linear() -> None:
     assert score(Brevity(target=10, low=5, high=20, longest=30), words(10), words(25)) == [1, -0.5]
 
 
+def test_brevity_of_a_target_alone() -> None:
+    got = score(Brevity(target=40), *map(words, [0, 20, 40, 60, 80, 120]))
+    assert got == [-1, 0, 1, 0.5, 0, -1]
+    assert score(Brevity(target=1), "one", "one two") == [1, 0]
+
+
 def test_brevity_reads_messages() -> None:
     assert score(Brevity(), [{"role": "assistant", "content": words(4)}]) == [1]
 
@@ -57,7 +63,7 @@ def test_pattern() -> None:
 
 def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="0 < low < target < high < longest"):
-        Brevity(target=2)
+        Brevity(target=2, low=2)
     with pytest.raises(ValueError, match="0 < shortest < longest"):
         Plain(shortest=9)
     with pytest.raises(ValueError, match="kind 'L'"):
