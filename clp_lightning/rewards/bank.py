@@ -47,7 +47,8 @@ class RewardBank(nn.Module):
         rewards: Name to a :class:`Reward`, a function with TRL's signature, or the import path of
             one.
         statistics: Name to mean and standard deviation, to set them by hand.
-        std_floor: Least standard deviation to divide by, of all rewards or by name.
+        std_floor: Least standard deviation to divide by, of all rewards or by name; 1e-3 for
+            those not named.
         on_error: What a failing reward does: ``raise`` stops the run, ``drop`` leaves the
             responses concerned out and counts them in ``dropped``.
 
@@ -59,6 +60,7 @@ class RewardBank(nn.Module):
         metrics: What the rewards of the last call reported with ``log_metric``, averaged.
         extra: Columns that they reported with ``log_extra``.
         dropped: Responses left out so far.
+        problems: Name of each reward that failed to what it did wrong last.
 
     Raises:
         ValueError: no reward, a bad name, statistics or floors of unknown rewards.
@@ -72,7 +74,7 @@ class RewardBank(nn.Module):
         self,
         rewards: Mapping[str, Reward | Callable[..., Any] | str],
         statistics: Mapping[str, Sequence[float]] | None = None,
-        std_floor: float | Mapping[str, float] = 0.01,
+        std_floor: float | Mapping[str, float] = 1e-3,
         on_error: Literal["raise", "drop"] = "raise",
     ) -> None:
         super().__init__()
@@ -91,7 +93,7 @@ class RewardBank(nn.Module):
         self.on_error = on_error
         self.statistics = self._by_name("statistics", statistics or {})
         floors = std_floor if isinstance(std_floor, Mapping) else dict.fromkeys(rewards, std_floor)
-        self.std_floor = dict.fromkeys(self.names, 0.01) | self._by_name("std_floor", floors)
+        self.std_floor = dict.fromkeys(self.names, 1e-3) | self._by_name("std_floor", floors)
         if min(self.std_floor.values()) <= 0:
             raise ValueError(f"std_floor must be above 0; got {self.std_floor}.")
         for name, (mean, std) in self.statistics.items():
@@ -104,6 +106,7 @@ class RewardBank(nn.Module):
         self.metrics: dict[str, float] = {}
         self.extra: dict[str, list[Any]] = {}
         self.dropped = 0
+        self.problems: dict[str, str] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves the statistics, but never to half precision, which would change the objective."""
@@ -155,19 +158,19 @@ class RewardBank(nn.Module):
             reward.place(self.mean.device)
         # All are started before the first is waited for, so asynchronous ones run side by side.
         calls = [start(reward, samples, context) for reward in self.rewards.values()]
-        columns: list[list[float]] = []
-        kept = [True] * len(rollout)
+        columns: list[list[float | None]] = []
         for name, call in zip(self.names, calls, strict=True):
             try:
-                columns.append(call.scores())
+                columns.append([*call.scores()])
             except Problem as problem:
                 columns.append(self._recover(name, problem, samples, context))
-                kept = [k and not math.isinf(s) for k, s in zip(kept, columns[-1], strict=True)]
+                self.problems[name] = str(problem)
+        kept = [None not in scores for scores in zip(*columns, strict=True)]
         self.metrics = {name: sum(values) / len(values) for name, values in metrics.items()}
         self.extra = extra
         self.dropped += kept.count(False)
-        raw = torch.tensor(columns, dtype=torch.float32).T
-        raw = raw.masked_fill(raw.isinf(), math.nan)
+        numbers = [[math.nan if score is None else score for score in row] for row in columns]
+        raw = torch.tensor(numbers, dtype=torch.float32).T
         return Scores(raw.to(self.mean.device), torch.tensor(kept, device=self.mean.device))
 
     @torch.no_grad()
@@ -186,9 +189,11 @@ class RewardBank(nn.Module):
             scores = raw[:, k].double()
             scores = scores[~scores.isnan()]
             if len(scores) == 0:
+                why = "it returned None each time); look at the columns that it reads."
+                if name in self.problems:
+                    why = f"the last time it {self.problems[name]})."
                 raise ValueError(
-                    f"Reward '{name}' scored none of {len(raw)} reference responses (it returned "
-                    "None each time); look at the columns that it reads."
+                    f"Reward '{name}' scored none of {len(raw)} reference responses ({why}"
                 )
             std, floor = float(scores.std(correction=0)), self.std_floor[name]
             if std < floor:
@@ -221,8 +226,8 @@ class RewardBank(nn.Module):
 
     def _recover(
         self, name: str, problem: Problem, samples: Samples, context: dict[str, Any]
-    ) -> list[float]:
-        """Raises, or scores what can be scored: infinity marks a dropped response."""
+    ) -> list[float | None]:
+        """Raises, or scores what can be scored: None marks a dropped response."""
         silent = context | {"log_extra": _ignore, "log_metric": _ignore}
 
         def scores_of(rows: list[int]) -> list[float]:
@@ -250,7 +255,7 @@ class RewardBank(nn.Module):
             scores = dict(zip(good, scores_of(good), strict=True)) if good else {}
         except Problem:
             scores = {}
-        return [scores.get(row, math.inf) for row in rows]
+        return [scores.get(row) for row in rows]
 
     def _by_name(self, argument: str, values: Mapping[str, Any]) -> dict[str, Any]:
         unknown = [name for name in values if name not in self.names]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
+
 __all__ = ["Problem", "Samples", "start"]
 
 Samples = dict[str, list[Any]]
@@ -43,7 +45,7 @@ class Call:
         try:
             returned = self.result()
         except Exception as error:
-            raise Problem(f"raised {type(error).__name__}: {error}") from error
+            raise Problem(f"raised {type(error).__name__}: {error}{self._hint(error)}") from error
         for name, values in self.given.items():
             if not _same(self.copy[name], values):
                 raise Problem(f"changed the list '{name}' that it was given; let it copy first")
@@ -55,6 +57,12 @@ class Call:
         if len(returned) != expected:
             raise Problem(f"returned {len(returned)} scores for {expected} completions")
         return [_number(value, row) for row, value in enumerate(returned)]
+
+    def _hint(self, error: Exception) -> str:
+        chat = any(isinstance(completion, list) for completion in self.given["completions"])
+        if chat and isinstance(error, (AttributeError, TypeError)):
+            return " (prompts and completions are lists of messages here)"
+        return ""
 
 
 def start(function: Callable[..., Any], samples: Samples, context: dict[str, Any]) -> Call:
@@ -104,11 +112,18 @@ def _number(value: Any, row: int) -> float:
         value = value.item()
     if not isinstance(value, (int, float)):
         raise Problem(f"returned {value!r}, which is no number", row)
-    if not math.isfinite(value):
-        raise Problem(f"returned {value} (None is the way to give no score)", row)
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a Python integer beyond float
+        number = math.inf if value > 0 else -math.inf
+    if not abs(number) <= _LARGEST:
+        raise Problem(
+            f"returned {number}, no finite float32 number (None is the way to give no score)", row
+        )
+    return number
 
 
+_LARGEST = torch.finfo(torch.float32).max
 _PLAIN = (str, int, float, type(None))  # most of what there is: spared the call
 
 

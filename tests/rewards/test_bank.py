@@ -208,6 +208,8 @@ FAULTS: dict[str, tuple[Callable[..., Any], str]] = {
     "raises later": (raising_later, "raised KeyError: 'score'"),
     "nan": (value_where_bad(nan), "returned nan"),
     "infinity": (value_where_bad(-math.inf), "returned -inf"),
+    "over float32": (value_where_bad(1e39), r"returned 1e\+39, no finite float32"),
+    "over float": (value_where_bad(-(10**400)), "returned -inf, no finite float32"),
     "string": (value_where_bad("1"), "returned '1', which is no number"),
     "list": (value_where_bad([1.0]), r"returned \[1.0\], which is no number"),
     "count": (short_of_one, "returned 2 scores for 3 completions"),
@@ -245,6 +247,24 @@ def test_a_fault_of_the_whole_batch_drops_all() -> None:
     assert scores.raw.isnan().all()
     with pytest.raises(RewardError, match="'faulty' returned a str, not a list"):
         RewardBank({"faulty": returning("0.5")})(rollout(["a", "b"]))
+
+
+def test_a_reward_that_always_fails_says_why() -> None:
+    bank = RewardBank({"fine": length, "faulty": raising}, on_error="drop")
+    raw = bank(rollout(["bad", "bad"])).raw
+    with pytest.raises(ValueError, match="'faulty' scored none of 2 .*it raised KeyError: 'score'"):
+        bank.fit(raw)
+    bank = RewardBank({"silent": returning([None, None])})
+    with pytest.raises(ValueError, match="it returned None each time"):
+        bank.fit(bank(rollout(["a", "b"])).raw)
+
+
+def test_text_methods_on_messages_get_a_hint() -> None:
+    def upper(completions: list[str], **_: Any) -> list[float]:
+        return [float(c.upper() == c) for c in completions]
+
+    with pytest.raises(RewardError, match="AttributeError.*lists of messages here"):
+        RewardBank({"upper": upper})(rollout(["A"], prompts=[[{"role": "user", "content": "?"}]]))
 
 
 def test_what_is_left_after_a_drop_is_scored_together() -> None:
@@ -316,6 +336,12 @@ def test_statistics_travel_in_the_state() -> None:
     other.load_state_dict(bank.state_dict())
     assert other.normalize(torch.tensor([[5.0]])).item() == 3.0
     assert RewardBank({"a": length}, statistics={"a": [0, 1]}).fitted
+
+
+def test_the_floor_of_those_not_named_is_the_default() -> None:
+    bank = RewardBank({"a": length, "b": length}, std_floor={"b": 0.5})
+    assert bank.std_floor == {"a": 1e-3, "b": 0.5}
+    assert RewardBank({"a": length}).std_floor == {"a": 1e-3}
 
 
 def test_rewards_can_be_left_raw() -> None:
