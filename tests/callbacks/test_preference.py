@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +17,13 @@ from clp_lightning import (
     FixedAlpha,
     Preference,
     PromptBatch,
+    PromptText,
+    SoftPrompt,
     Vertices,
 )
 from clp_lightning.callbacks import LogUniformAlpha, UniformAlpha, UniformGrid
 from clp_lightning.keyed import generator
+from tests.runs import Perturbed, make_data, make_module, make_trainer
 
 NAMES = ["kind", "short", "plain"]
 
@@ -142,3 +147,27 @@ def test_annealing_needs_a_number_of_steps() -> None:
     assert FixedAlpha(0.2).sample(math.nan, generator(0)) == 0.2
     with pytest.raises(ValueError, match="max_steps"):
         AnnealedAlpha().sample(math.nan, generator(0))
+
+
+@pytest.mark.parametrize("conditioner", [SoftPrompt, PromptText])
+def test_the_model_decides_too(
+    conditioner: Any, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """T5's table of relative positions cannot be mixed per row, whatever the conditioner."""
+    module = make_module(tiny_folder("t5"), Perturbed, conditioner=conditioner())
+    trainer = make_trainer(tmp_path, limit_val_batches=1)
+    trainer.fit(module, make_data(tmp_path))
+    assert trainer.global_step == 2
+    given = [rollout.preference.weights for rollout, _ in module.seen]
+    assert all((rows == rows[:1]).all() for rows in given)
+    assert not torch.equal(given[0][:1], given[1][:1])
+    refused = make_module(tiny_folder("t5"), conditioner=conditioner())
+    with pytest.raises(ValueError, match="one preference per batch; set CLPCallback's per to"):
+        make_trainer(tmp_path, CLPCallback(per="prompt")).fit(refused, make_data(tmp_path))
+
+
+def test_models_that_can_mix_rows_do(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    module = make_module(tiny_folder("llama"), Perturbed, conditioner=SoftPrompt())
+    make_trainer(tmp_path).fit(module, make_data(tmp_path))
+    rows = module.seen[0][0].preference.weights
+    assert not (rows == rows[:1]).all()
