@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 HELP = """\
@@ -38,8 +39,17 @@ def run(args: list[str] | None = None) -> None:
         )
         sys.exit(2)
     from .cli import main
+    from .modules import TrainingDiverged
+    from .rewards import RewardError
 
-    main(args)
+    try:
+        main(args)
+    except (ValueError, OSError, ModuleNotFoundError, RewardError, TrainingDiverged) as error:
+        if os.environ.get("CLP_LIGHTNING_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        print("(CLP_LIGHTNING_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

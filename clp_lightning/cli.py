@@ -7,13 +7,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_warn
 
 # Known by their short names in a config: class_path: CLPModule.
 from . import callbacks, conditioning, data, exact, modules, rewards  # noqa: F401
-from .callbacks import FrontCallback
+from .callbacks import FrontCallback, PredictionsCallback
 from .checkpoints import checkpoint_file
 
 __all__ = ["CLI", "main"]
@@ -36,11 +37,18 @@ class CLI(LightningCLI):
         """Lets ``--ckpt_path`` name a run folder."""
         config = self.config.get(self.subcommand, {}) if self.subcommand else {}
         path = config.get("ckpt_path")
+        if path is None and self.subcommand in ("validate", "test", "predict"):
+            rank_zero_warn(
+                f"{self.subcommand} without --ckpt_path measures the policy before training. "
+                "Give the run's folder to measure a trained one."
+            )
         if path not in (None, "last", "best", "hpc", "registry"):
             config["ckpt_path"] = str(checkpoint_file(path))
 
     def after_fit(self) -> None:
         """A run that was resumed behind its last step has trained nothing and swept nothing."""
+        if not getattr(self.datamodule, "has_eval_prompts", True):
+            return
         trainer: Any = self.trainer  # whose `callbacks` Lightning does not declare
         fronts = [c for c in trainer.callbacks if isinstance(c, FrontCallback)]
         # With a launcher that forks, this process has not seen what its children did.
@@ -54,6 +62,10 @@ class RunConfig(SaveConfigCallback):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "overwrite": True})
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # evaluating a run does not change how it was trained
+            super().setup(trainer, pl_module, stage)
 
 
 def main(args: Sequence[str] | None = None, run: bool = True) -> CLI:
@@ -74,7 +86,10 @@ def main(args: Sequence[str] | None = None, run: bool = True) -> CLI:
         auto_configure_optimizers=False,
         save_config_callback=RunConfig,
         seed_everything_default=0,
-        trainer_defaults={"use_distributed_sampler": False},
+        trainer_defaults={
+            "use_distributed_sampler": False,
+            "callbacks": [PredictionsCallback()],
+        },
         args=None if args is None else list(args),
         run=run,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-__all__ = ["RunCheckpoint"]
+__all__ = ["RunCheckpoint", "save_first"]
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -19,6 +19,7 @@ class RunCheckpoint(ModelCheckpoint):
         monitor: Metric to keep the best of, for example ``val/value``; none if None.
         mode: Whether the metric is to be large or small.
         save_top_k: How many of the best (without ``monitor``: newest) to keep beside the last.
+        dirpath: Folder of the checkpoints; ``checkpoints`` in the run's log folder if None.
     """
 
     def __init__(
@@ -27,8 +28,10 @@ class RunCheckpoint(ModelCheckpoint):
         monitor: str | None = None,
         mode: str = "max",
         save_top_k: int = 0,
+        dirpath: str | None = None,
     ) -> None:
         super().__init__(
+            dirpath,
             every_n_train_steps=every_n_train_steps,
             monitor=monitor,
             mode=mode,
@@ -49,3 +52,12 @@ class RunCheckpoint(ModelCheckpoint):
         if self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             self._last_global_step_saved = trainer.global_step
+
+
+def save_first(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Saves the end of training now: whatever follows may fail, and training must not be lost.
+
+    Lightning calls checkpoint callbacks last.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        callback.on_train_end(trainer, pl_module)

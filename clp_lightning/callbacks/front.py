@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..functional import dial_criteria
+from .checkpoint import save_first
 from .loggers import log_figure
 from .plots import plot_front
 
@@ -69,6 +70,7 @@ class FrontCallback(Callback):
         Here, because by ``on_fit_end`` the strategy has moved the model to the CPU.
         """
         self.swept = True
+        save_first(trainer, pl_module)
         if trainer.enable_validation:
             with _validating(trainer), _full_grid(pl_module):
                 trainer.validate_loop.run()
@@ -198,6 +200,9 @@ def _print_table(front: dict[str, Any]) -> None:
     console = Console()
     console = console if console.is_terminal else Console(width=120)
     console.print(table)
+    if front["metrics"]["steering_gain"]["mean"] is None:
+        console.print("dial: none (one preference, or too few prompts)")
+        return
     criteria = dial_criteria(front["metrics"])
     failed = ", ".join(name.replace("_", " ") for name, met in criteria.items() if not met)
     console.print(f"dial: fails on {failed}" if failed else "dial: passes")

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..metrics import Grid
+from .checkpoint import save_first
 from .loggers import log_table
 
 __all__ = ["SamplesCallback"]
@@ -35,10 +36,11 @@ class SamplesCallback(Callback):
 
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        save_first(trainer, pl_module)
         loaders = trainer.val_dataloaders
         if not loaders:
             return
-        batch = next(iter(loaders))
+        batch = next(iter(loaders[0] if isinstance(loaders, list) else loaders))
         batch = batch.select(range(min(self.prompts, len(batch))))
         module: Any = pl_module
         grid = self.grid or Grid(divisions=1, alphas=module.grid.alphas[:1])

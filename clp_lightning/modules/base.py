@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -207,6 +208,16 @@ class PolicyModule(Described, LightningModule):
         grads = [p.grad for p in self.own_parameters() if p.grad is not None]
         if grads and factor != 1:
             torch._foreach_mul_(grads, factor)
+
+    def trainer_state(self) -> Any:
+        """What TRL's rewards may ask of the trainer; None without one."""
+        if self._trainer is None:
+            return None
+        return SimpleNamespace(
+            global_step=self.global_step,
+            max_steps=self.trainer.max_steps,
+            epoch=self.current_epoch,
+        )
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Everything that an optimizer holds."""

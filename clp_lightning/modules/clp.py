@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any, Literal, Self
 
 import torch
@@ -14,7 +13,6 @@ from ..conditioning import Conditioner
 from ..described import import_path
 from ..functional.advantage import leave_one_out
 from ..functional.kl import kl_to_go, log_ratio
-from ..functional.logprobs import masked_sum
 from ..functional.loss import policy_gradient_loss
 from ..functional.objective import scalarize
 from ..keyed import resolve_seed
@@ -27,7 +25,7 @@ from ..types import PromptBatch, Rollout
 from .base import PolicyModule
 from .statistics import fit_statistics
 from .sweep import FrontSweep
-from .tally import Tally
+from .tally import Tally, count_responses
 
 __all__ = ["CLPModule", "TrainingDiverged"]
 
@@ -145,6 +143,11 @@ class CLPModule(FrontSweep, PolicyModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "column_names"):
             self.rewards.check_columns(data.column_names)
+        if stage == "fit" and not self.engine.on_policy:
+            raise ValueError(
+                f"{type(self.engine).__name__} samples from a mixture, not from the policy that is "
+                "trained; use it with validate, test and predict, and TransformersEngine in fit."
+            )
         if stage == "fit" and self.trainer.accumulate_grad_batches % self.rollout_batches:
             raise ValueError(
                 f"rollout_batches={self.rollout_batches} must divide accumulate_grad_batches="
@@ -173,7 +176,10 @@ class CLPModule(FrontSweep, PolicyModule):
         advantage = self.advantage(signals, rollout)  # (B, T)
         nominal = (batch.nominal_size or 1) * self.samples_per_prompt  # alike in all micro-batches
         loss = self.loss(logp, advantage, rollout, num_responses=nominal)
-        self._count(rollout, scores, ratio, logp, loss, nominal)
+        self.tally.count("not_finite", float(not loss.isfinite()))
+        self.tally.add("nominal", torch.tensor(nominal))
+        self.tally.add("loss", loss)
+        count_responses(self, rollout, scores.raw, ratio, logp)
         return loss
 
     def rollout(self, batch: PromptBatch) -> Rollout:
@@ -195,7 +201,7 @@ class CLPModule(FrontSweep, PolicyModule):
 
     def score(self, rollout: Rollout) -> tuple[Rollout, Scores]:
         """The kept responses and their K rewards, raw and normalised."""
-        scores = self.rewards(rollout, trainer_state=self._trainer_state())
+        scores = self.rewards(rollout, trainer_state=self.trainer_state())
         self.tally.count("dropped", float((~scores.kept).sum()))
         if scores.kept.all():
             return rollout, scores
@@ -256,45 +262,10 @@ class CLPModule(FrontSweep, PolicyModule):
                 f"max_kl={self.max_kl}. {remedy} Try a smaller lr or a larger alpha."
             )
 
-    def _count(
-        self,
-        rollout: Rollout,
-        scores: Scores,
-        ratio: Tensor,
-        logp: Tensor,
-        loss: Tensor,
-        nominal: int,
-    ) -> None:
-        """Adds one micro-batch to the step's sums."""
-        tally = self.tally
-        tally.count("not_finite", float(not loss.isfinite()))
-        tally.count("kept", len(rollout))
-        tally.add("nominal", torch.tensor(nominal))
-        coefficients = self.policy.conditioner.coefficients(rollout.preference)
-        for i, used in enumerate((coefficients != 0).any(0).tolist()):
-            tally.count(f"used/{i}", float(used))
-        tally.add("loss", loss)
-        kl = masked_sum(ratio, rollout.response_mask)  # (B,)
-        tally.add("kl", kl)
-        tally.add("entropy", -logp, rollout.response_mask)  # its mean is the token entropy
-        tally.add("length", rollout.lengths)
-        tally.add("truncated", rollout.truncated)
-        normalized = self.rewards.normalize(scores.raw).to(kl)
-        signals = torch.cat([normalized, kl.unsqueeze(-1)], dim=-1)
-        tally.add("value", scalarize(signals, preference=rollout.preference))
-        spread = leave_one_out(normalized, groups=rollout.groups).nan_to_num()
-        for i, name in enumerate(self.rewards.names):
-            raw, weight = scores.raw[:, i], rollout.preference.weights[:, i]
-            tally.add(f"reward/{name}", raw)
-            tally.add(f"normalized/{name}", normalized[:, i])
-            tally.add(f"abstained/{name}", raw.isnan())
-            tally.add(f"reward_by_weight/{name}/low", raw, weight.to(raw) < 1 / 3)
-            tally.add(f"reward_by_weight/{name}/high", raw, weight.to(raw) > 2 / 3)
-            tally.add(f"without_spread/{name}", _groups_without_spread(spread[:, i], rollout))
-
     def _log_step(self, step: dict[str, float], grad_norm: float) -> None:
         shown = {"value"} | {f"reward/{name}" for name in self.rewards.names}
-        for name, value in {**step, **self.rewards.metrics, "grad_norm": grad_norm}.items():
+        reported = {f"reported/{name}": value for name, value in self.rewards.metrics.items()}
+        for name, value in {**step, **reported, "grad_norm": grad_norm}.items():
             self.log(f"train/{name}", value, prog_bar=name in shown)
 
     # -- state ------------------------------------------------------------------------------
@@ -317,7 +288,15 @@ class CLPModule(FrontSweep, PolicyModule):
         return arguments
 
     def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "rewards": list(self.rewards.names)}
+        conditioner = self.policy.conditioner
+        rule = conditioner.coefficients
+        return {
+            **super().identity(),
+            "rewards": list(self.rewards.names),
+            "coefficients": f"{import_path(type(rule))}, shared: {rule.shared}",
+            "scale": getattr(conditioner, "scale", None),
+            "temperature": self.policy.temperature,
+        }
 
     def kept_state(self) -> Iterator[str]:
         yield from super().kept_state()
@@ -328,23 +307,3 @@ class CLPModule(FrontSweep, PolicyModule):
         callback = self.trainer.checkpoint_callback
         path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
         return path or None
-
-    def _trainer_state(self) -> Any:
-        """What TRL's rewards may ask of the trainer."""
-        if self._trainer is None:
-            return None
-        return SimpleNamespace(
-            global_step=self.global_step,
-            max_steps=self.trainer.max_steps,
-            epoch=self.current_epoch,
-        )
-
-
-def _groups_without_spread(centred: Tensor, rollout: Rollout) -> Tensor:
-    """1 for every group whose responses a reward cannot tell apart, shape (G,)."""
-    groups = rollout.groups.to(centred.device)
-    if not len(groups):
-        return centred
-    largest = centred.new_zeros(int(groups.max()) + 1)
-    largest = largest.scatter_reduce(0, groups, centred.abs(), "amax")
-    return (largest <= 1e-6).double()

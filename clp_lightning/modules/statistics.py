@@ -46,7 +46,7 @@ def fit_statistics(module: CLPModule, prompts: int, samples: int) -> None:
             batch = replace(batch, preference=preference.to(module.device))
             rollout = module.engine.generate(module.policy, batch, samples, module.sampling)
             keys.append(torch.stack([rollout.prompt_ids.cpu(), rollout.sample.cpu()], dim=1))
-            raw.append(module.rewards(rollout).raw.cpu())
+            raw.append(module.rewards(rollout, trainer_state=module.trainer_state()).raw.cpu())
     if not raw:
         raise ValueError("There is no prompt to measure the rewards' statistics on.")
     module.rewards.fit(_merged(module.trainer.world_size, torch.cat(keys), torch.cat(raw)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ class FrontSweep(LightningModule):
     statistics_prompts: int
     statistics_samples: int
     reference_point: list[float] | None
+    trainer_state: Callable[[], Any]
     full_grid: bool = False
     front_report: FrontReport | None = None
     front: Front
@@ -111,7 +113,7 @@ class FrontSweep(LightningModule):
         """One record per response: what was asked, under which preference, and the answer."""
         records = []
         for rollout, _ in self.sweep(batch, with_reference=False):
-            raw = self.rewards(rollout).raw
+            raw = self.rewards(rollout, trainer_state=self.trainer_state()).raw
             for row in range(len(rollout)):
                 records.append(self._record(rollout, raw[row], row))
         return records
@@ -152,7 +154,7 @@ class FrontSweep(LightningModule):
         return rollout, torch.tensor(points)[rollout.groups.cpu()]
 
     def _add(self, rollout: Rollout, point: Tensor) -> None:
-        scores = self.rewards(rollout)
+        scores = self.rewards(rollout, trainer_state=self.trainer_state())
         ratio = torch.zeros(len(rollout))
         if int(point[0]) != REFERENCE:
             with self.policy.reference():

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-__all__ = ["Tally"]
+from ..functional.advantage import leave_one_out
+from ..functional.logprobs import masked_sum
+from ..functional.objective import scalarize
+from ..types import Rollout
+
+if TYPE_CHECKING:
+    from .clp import CLPModule
+
+__all__ = ["Tally", "count_responses"]
 
 
 class Tally:
@@ -50,3 +59,48 @@ class Tally:
             result |= {n: s / c for n, s, c in zip(means, sums, counts, strict=True) if c}
         self._sums, self._counts = {}, {}
         return result
+
+
+def count_responses(
+    module: CLPModule, rollout: Rollout, raw: Tensor, ratio: Tensor, logp: Tensor
+) -> None:
+    """Adds the responses of one micro-batch to the step's sums.
+
+    Args:
+        module: Its tally, rewards and conditioner.
+        rollout: The kept responses.
+        raw: Their rewards, shape (B, K); NaN = not scored.
+        ratio: Log-ratio of every token, shape (B, T).
+        logp: Log-probability of every token, shape (B, T).
+    """
+    tally, preference = module.tally, rollout.preference
+    tally.count("kept", len(rollout))
+    coefficients = module.policy.conditioner.coefficients(preference)
+    for i, used in enumerate((coefficients != 0).any(0).tolist()):
+        tally.count(f"used/{i}", float(used))
+    kl = masked_sum(ratio, rollout.response_mask)  # (B,)
+    tally.add("kl", kl)
+    tally.add("entropy", -logp, rollout.response_mask)  # its mean is the token entropy
+    tally.add("length", rollout.lengths)
+    tally.add("truncated", rollout.truncated)
+    normalized = module.rewards.normalize(raw).to(kl)
+    signals = torch.cat([normalized, kl.unsqueeze(-1)], dim=-1)
+    tally.add("value", scalarize(signals, preference=preference))
+    spread = leave_one_out(normalized, groups=rollout.groups).nan_to_num()
+    for i, name in enumerate(module.rewards.names):
+        reward, weight = raw[:, i], preference.weights[:, i].to(raw)
+        tally.add(f"reward/{name}", reward)
+        tally.add(f"normalized/{name}", normalized[:, i])
+        tally.add(f"abstained/{name}", reward.isnan())
+        tally.add(f"reward_by_weight/{name}/low", reward, weight < 1 / 3)
+        tally.add(f"reward_by_weight/{name}/high", reward, weight > 2 / 3)
+        tally.add(f"without_spread/{name}", _without_spread(spread[:, i], rollout.groups))
+
+
+def _without_spread(centred: Tensor, groups: Tensor) -> Tensor:
+    """1 for every group whose responses a reward cannot tell apart, shape (G,)."""
+    if not len(groups):
+        return centred
+    largest = centred.new_zeros(int(groups.max()) + 1)
+    largest = largest.scatter_reduce(0, groups.to(centred.device), centred.abs(), "amax")
+    return (largest <= 1e-6).double()

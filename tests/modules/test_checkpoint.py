@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from clp_lightning import CLPModule, LoRA, Preference, RunCheckpoint
+from clp_lightning import CLPModule, LoRA, Preference, RunCheckpoint, Weights
 from clp_lightning.cli import main
 from clp_lightning.modules import TrainingDiverged
 from clp_lightning.pretrained import fingerprint
@@ -65,6 +65,9 @@ def test_it_holds_what_was_trained_and_nothing_frozen(
             "fingerprint": fingerprint(str(tiny_folder())),
         },
         "rewards": ["kind", "short"],
+        "coefficients": "clp_lightning.conditioning.base.Scaled, shared: scaled",
+        "scale": 2.0,
+        "temperature": 1.0,
     }
     assert checkpoint["state_dict"]["rewards.fitted"]
     torch.testing.assert_close(checkpoint["state_dict"]["rewards.mean"], module.rewards.mean)
@@ -132,6 +135,12 @@ def test_what_does_not_fit_is_refused(
         ({"rewards": dict(reversed(rewards.items()))}, r"\['short', 'kind'\]. They must be the"),
         ({"rewards": {"kind": kind, "brief": Counted()}}, r"rewards \['kind', 'short'\]; this run"),
         ({"conditioner": LoRA(rank=3, shared_rank=2)}, "another rank"),
+        ({"conditioner": LoRA(rank=2, shared_rank=2, scale=8.0)}, r"scale 2\.0; this run has 8\.0"),
+        (
+            {"conditioner": LoRA(rank=2, shared_rank=2, coefficients=Weights())},
+            "coefficients .*Scaled.*this run has .*Weights",
+        ),
+        ({"temperature": 2.0}, r"temperature 1\.0; this run has 2\.0"),
         ({"conditioner": LoRA(rank=2, shared_rank=0)}, "holds .* does not train.*conditioner"),
         (
             {"conditioner": LoRA(rank=2, shared_rank=2, targets="all-linear")},
