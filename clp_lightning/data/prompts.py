@@ -164,6 +164,12 @@ class PromptDataModule(LightningDataModule):
         batch = next(iter(self.statistics_batches(1)))
         return list(batch.columns)
 
+    @property
+    def has_eval_prompts(self) -> bool:
+        """Whether any prompts were held out or given for evaluation; known after ``setup``."""
+        self._ready()
+        return self._eval is not None and len(self._eval) > 0
+
     def _sources(self) -> list[tuple[str | Docstrings | Dataset, str]]:
         sources = [(self.source, self.split)]
         if self.eval_source is not None or self.eval_split is not None:
@@ -235,11 +241,13 @@ class PromptDataModule(LightningDataModule):
         return self._loader(data, sampler)
 
     def val_dataloader(self) -> PromptLoader | list[Any]:
-        """The held-out prompts in a fixed order; a batch may come twice under DDP."""
-        assert self._eval is not None or self._ready()
-        if not len(self._eval or ()):
-            return []
-        return self._eval_loader()
+        """The held-out prompts in a fixed order; a batch may come twice under DDP.
+
+        Raises:
+            ValueError: there are none; ``fit`` goes without.
+        """
+        fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        return [] if fits and not self.has_eval_prompts else self._eval_loader()
 
     def test_dataloader(self) -> PromptLoader:
         """The same prompts as ``val_dataloader``."""
@@ -267,9 +275,9 @@ class PromptDataModule(LightningDataModule):
         return self._train
 
     def _eval_loader(self) -> PromptLoader:
-        self._ready()
-        if self._eval is None or len(self._eval) == 0:
+        if not self.has_eval_prompts:
             raise ValueError("There are no prompts to evaluate on: set holdout or eval_split.")
+        assert self._eval is not None
         sampler = PromptSampler(
             len(self._eval), self.eval_batch_size, drop_last=False, **self._place()
         )

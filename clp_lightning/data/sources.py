@@ -15,7 +15,11 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parq
 
 def has_splits(source: str | Docstrings | Dataset) -> bool:
     """Whether a split can be chosen: from a folder and a hub data set it can."""
-    return isinstance(source, str) and Path(source).suffix not in _BUILDERS
+    return isinstance(source, str) and _builder(Path(source)) is None
+
+
+def _builder(path: Path) -> str | None:
+    return _BUILDERS.get(path.suffix.lower())
 
 
 def load_rows(source: str | Docstrings | Dataset, config: str | None, split: str) -> Dataset:
@@ -28,17 +32,20 @@ def load_rows(source: str | Docstrings | Dataset, config: str | None, split: str
 
     Raises:
         FileNotFoundError: for a file that does not exist.
-        ValueError: naming a source that is empty or cannot be read, or a split that it lacks.
+        ValueError: naming a source that is empty or cannot be read, a file of an unknown kind, or
+            a split that it lacks.
     """
     if isinstance(source, Dataset):
         return source
     if isinstance(source, Docstrings):
         return source.load()
-    path = Path(source)
-    builder = _BUILDERS.get(path.suffix)
+    path = Path(source).expanduser()
+    builder = _builder(path)
     if builder is not None:
         if not path.is_file():
             raise FileNotFoundError(f"The data file '{source}' does not exist.")
+        if path.stat().st_size == 0:
+            raise ValueError(f"The data file '{source}' is empty.")
         try:
             return load_dataset(builder, data_files=str(path), split="train")
         except Exception as error:
@@ -47,6 +54,11 @@ def load_rows(source: str | Docstrings | Dataset, config: str | None, split: str
                 f"The data file '{source}' has no rows or is not valid {builder}: "
                 f"{type(why).__name__} {why}"
             ) from error
+    if path.is_file():
+        raise ValueError(
+            f"The data file '{source}' is of an unknown kind '{path.suffix}'; give one of "
+            f"{', '.join(_BUILDERS)}, or a folder."
+        )
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = load_from_disk(str(path))
         if isinstance(saved, DatasetDict):
@@ -55,7 +67,7 @@ def load_rows(source: str | Docstrings | Dataset, config: str | None, split: str
             return saved[split]
         return saved
     try:
-        return load_dataset(source, config, split=split)
+        return load_dataset(str(path) if path.is_dir() else source, config, split=split)
     except Exception as error:
         raise ValueError(
             f"Cannot load the data set '{source}' (config {config}, split '{split}'): it is no "

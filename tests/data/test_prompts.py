@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from clp_lightning.data import Docstrings, PromptDataModule
 
@@ -57,6 +58,16 @@ def test_sources(tmp_path: Path, kind: str) -> None:
         assert batch.prompts == [f"prompt {i}" for i in batch.prompt_ids.tolist()]
         assert batch.columns == {"level": batch.prompt_ids.tolist()}
     assert data.column_names == ["level"]
+
+
+def test_paths_from_home_and_suffixes_in_capitals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path(write(tmp_path, "jsonl")).rename(tmp_path / "ROWS.JSONL")
+    write(tmp_path, "folder")
+    for source in ("~/ROWS.JSONL", "~/rows.folder"):
+        assert len(ready(source=source, holdout=0).train_dataloader()) == 5
 
 
 def test_messages_that_differ_in_their_keys(tmp_path: Path) -> None:
@@ -117,9 +128,13 @@ def test_own_evaluation_prompts(tmp_path: Path) -> None:
 
 def test_without_evaluation_prompts() -> None:
     data = ready(holdout=0)
+    data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    data.trainer.state.fn = TrainerFn.FITTING
     assert data.val_dataloader() == []
-    with pytest.raises(ValueError, match="no prompts to evaluate on: set holdout"):
-        data.test_dataloader()
+    data.trainer.state.fn = TrainerFn.VALIDATING
+    for loader in (data.val_dataloader, data.test_dataloader):
+        with pytest.raises(ValueError, match="no prompts to evaluate on: set holdout"):
+            loader()
 
 
 def test_seed_of_the_run_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +217,14 @@ def test_bad_data_is_refused_in_setup(tmp_path: Path) -> None:
         ready(columns={"text": "body"})
     with pytest.raises(FileNotFoundError, match=r"missing\.jsonl' does not exist"):
         ready(source=str(tmp_path / "missing.jsonl"))
-    for name, text in [("a.jsonl", ""), ("b.csv", "prompt\n"), ("c.csv", ""), ("d.jsonl", "{x}")]:
+    for name in ("a.jsonl", "c.csv"):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=rf"{name}' is empty"):
+            ready(source=str(tmp_path / name))
+    (tmp_path / "rows.txt").write_text("a prompt")
+    with pytest.raises(ValueError, match=r"unknown kind '\.txt'; give one of \.jsonl, \.json, "):
+        ready(source=str(tmp_path / "rows.txt"))
+    for name, text in [("b.csv", "prompt\n"), ("d.jsonl", "{x}")]:
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=rf"{name}' has no rows or is not valid (json|csv): "):
             ready(source=str(tmp_path / name))
