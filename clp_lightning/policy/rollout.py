@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
+from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..described import Described
 from ..keyed import uniforms
@@ -19,6 +22,7 @@ __all__ = ["Engine", "TransformersEngine"]
 
 # Finished responses are computed along until only this share of the rows is left.
 _COMPACT_AT = 0.75
+_POSITION_TABLES = ("wpe", "embed_positions", "positions_embed", "position_embeddings")
 
 
 class Engine(Described, ABC):
@@ -69,6 +73,7 @@ class TransformersEngine(Engine):
             raise RuntimeError("The batch has no preference; add CLPCallback to the Trainer.")
         rewritten = policy.conditioner.rewrites and not policy.is_reference
         input_ids, prompt_mask = policy.encode(batch.prompts, preference if rewritten else None)
+        _check_positions(policy.model, int(prompt_mask.sum(-1).max()), sampling.max_new_tokens)
         groups = torch.arange(len(batch)).repeat_interleave(n)
         sample = torch.arange(n).repeat(len(batch))
         prompt_ids = batch.prompt_ids[groups]
@@ -191,6 +196,35 @@ def _answerable_together(policy: Policy, preference: Preference) -> list[Tensor]
     both = torch.cat([preference.weights, preference.alpha.unsqueeze(-1)], -1)
     which = both.unique(dim=0, return_inverse=True)[1].to(device)
     return [(which == i).nonzero().squeeze(-1) for i in range(int(which.max()) + 1)]
+
+
+def _check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
+    """Refuses prompts and responses that are longer than the model's table of positions.
+
+    Rotary positions have no table: there it is a warning.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    # The last token of a response is never read; an encoder has positions of its own.
+    needed = max(prompt, new) if model.config.is_encoder_decoder else prompt + new - 1
+    if limit is None or needed <= limit:
+        return
+    modules = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
+    advice = "lower max_prompt_tokens or max_new_tokens"
+    if any(isinstance(modules.get(name), nn.Embedding) for name in _POSITION_TABLES):
+        raise ValueError(
+            f"A prompt of {prompt} tokens and max_new_tokens={new} need {needed} positions; the "
+            f"model has {limit}: {advice}."
+        )
+    if "rotary_emb" in modules:
+        _warn_once(
+            f"Prompts and responses are longer than the {limit} positions that this model was "
+            f"made for (max_position_embeddings), where it may well be useless: {advice}."
+        )
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 def _texts(policy: Policy, response_ids: Tensor, mask: Tensor) -> list[str]:
