@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 __all__ = ["Described", "check_choice", "describe", "import_path", "load_object"]
@@ -66,10 +67,11 @@ def import_path(obj: Callable[..., Any] | type) -> str:
     """``module.name`` of a class or function that can be imported.
 
     Raises:
-        ValueError: for lambdas and functions defined inside others.
+        ValueError: for lambdas, functions defined inside others and methods of an object.
     """
     name = getattr(obj, "__qualname__", "<unnamed>")
-    if "<" in name:
+    of_an_object = not inspect.ismodule(getattr(obj, "__self__", inspect))
+    if "<" in name or of_an_object:
         raise ValueError(
             f"{name} cannot be imported by name, so a checkpoint could not rebuild it. "
             "Define it at the top level of a module."
@@ -96,7 +98,11 @@ def load_object(path: str) -> Any:
             continue
         for part in parts[cut:]:
             if not hasattr(found, part):
-                raise ValueError(f"'{path}': {module_name} has no '{'.'.join(parts[cut:])}'.")
+                # What another script or notebook defined is not here.
+                advice = " Pass it again (rewards={...})." if module_name == "__main__" else ""
+                raise ValueError(
+                    f"'{path}': {module_name} has no '{'.'.join(parts[cut:])}'.{advice}"
+                )
             found = getattr(found, part)
         return found
     raise ValueError(f"'{path}' cannot be imported: give the full path, package.module.name.")
@@ -105,7 +111,8 @@ def load_object(path: str) -> Any:
 def describe(value: Any) -> Any:
     """``value`` as plain data: objects become ``{class_path, init_args}``.
 
-    Functions become their import path; a lambda becomes None (it must be passed again when the
+    Functions become their import path, and a ``functools.partial`` of a class an object that lacks
+    some arguments. A lambda or a bound method becomes None (it must be passed again when the
     checkpoint is loaded).
     """
     if isinstance(value, Mapping):
@@ -118,6 +125,8 @@ def describe(value: Any) -> Any:
         return {"class_path": import_path(type(value)), "init_args": describe(value.init_args)}
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: describe(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, partial) and isinstance(value.func, type) and not value.args:
+        return {"class_path": import_path(value.func), "init_args": describe(value.keywords)}
     if callable(value):
         try:
             return import_path(value)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
 import pickle
 from typing import Any
 
@@ -12,6 +14,14 @@ from clp_lightning.described import Described, describe, import_path, load_objec
 class Parent(Described):
     def __init__(self, a: int, b: int = 2) -> None:
         self.total = a + b
+
+
+class Meter:
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def double(self) -> int:
+        return 2 * self.factor
 
 
 class Passes(Parent):
@@ -43,6 +53,13 @@ def test_describe() -> None:
         "f": "clp_lightning.described.import_path",
     }
     assert describe(lambda: 0) is None
+    assert describe(Meter(2).double) is None
+    assert describe(math.sqrt) == "math.sqrt"
+    assert describe(functools.partial(Parent, b=[1])) == {
+        "class_path": "tests.test_described.Parent",
+        "init_args": {"b": [1]},
+    }
+    assert describe(functools.partial(import_path, obj=Parent)) is None
     with pytest.raises(TypeError, match="cannot be described"):
         describe(object())
 
@@ -51,5 +68,7 @@ def test_objects_by_path() -> None:
     assert load_object("clp_lightning.described.Described") is Described
     with pytest.raises(ValueError, match="has no 'Nothing'"):
         load_object("clp_lightning.described.Nothing")
+    with pytest.raises(ValueError, match=r"__main__ has no 'gone'. Pass it again \(rewards="):
+        load_object("__main__.gone")
     with pytest.raises(ValueError, match="full path"):
         load_object("nowhere")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +11,34 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from ..described import Described, describe
+from ..described import Described, describe, import_path
 from ..policy import Policy
 from ..pretrained import fingerprint
 
 __all__ = ["PolicyModule"]
 
 _CHECKPOINT_KEY = "clp_lightning"
+
+
+def unavailable_optimizer(parameters: Iterable[Any]) -> Optimizer:
+    """Stands in a checkpoint for an optimizer without an import path; fails when training asks."""
+    raise ValueError(_not_kept("optimizer"))
+
+
+def unavailable_scheduler(optimizer: Optimizer) -> LRScheduler:
+    """Stands in a checkpoint for a scheduler without an import path; fails when training asks."""
+    raise ValueError(_not_kept("lr_scheduler"))
+
+
+def _not_kept(argument: str) -> str:
+    return (
+        f"`{argument}` was a lambda or a function that cannot be imported by name, so the "
+        f"checkpoint does not hold it. Pass it again: load_from_checkpoint(path, {argument}=...); "
+        "functools.partial of a class is kept."
+    )
 
 
 class PolicyModule(Described, LightningModule):
@@ -71,6 +91,13 @@ class PolicyModule(Described, LightningModule):
     def described_arguments(self) -> dict[str, Any]:
         """The constructor's arguments as plain data."""
         arguments: dict[str, Any] = describe(self.init_args)
+        substitutes: dict[str, Callable[..., Any]] = {
+            "optimizer": unavailable_optimizer,
+            "lr_scheduler": unavailable_scheduler,
+        }
+        for name, substitute in substitutes.items():
+            if self.init_args.get(name) is not None and arguments[name] is None:
+                arguments[name] = import_path(substitute)
         return arguments
 
     def configure_optimizers(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,43 @@ def test_a_lambda_must_be_passed_again(tiny_folder: Callable[..., Path], tmp_pat
         CLPModule.load_from_checkpoint(path, weights_only=True)
     found = CLPModule.load_from_checkpoint(path, rewards=rewards, weights_only=True)
     same_answers(found, module)
+
+
+def test_optimizers_made_in_python_are_rebuilt(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR
+    module = make_module(
+        tiny_folder(),
+        optimizer=functools.partial(torch.optim.AdamW, betas=(0.5, 0.75)),
+        lr_scheduler=functools.partial(schedule, T_max=10),
+    )
+    make_trainer(tmp_path, RunCheckpoint()).fit(module, make_data(tmp_path))
+    found = CLPModule.load_from_checkpoint(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    made = found.configure_optimizers()
+    assert isinstance(made["optimizer"], torch.optim.AdamW)
+    assert tuple(made["optimizer"].defaults["betas"]) == (0.5, 0.75)
+    (inner,) = made["lr_scheduler"]["scheduler"]._schedulers
+    assert isinstance(inner, schedule) and inner.T_max == 10
+
+
+@pytest.mark.parametrize("name", ["optimizer", "lr_scheduler"])
+def test_a_lambda_optimizer_must_be_passed_again(
+    name: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    made = {
+        "optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1),
+        "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer),
+    }[name]
+    module = make_module(tiny_folder(), **{name: made})
+    make_trainer(tmp_path, RunCheckpoint()).fit(module, make_data(tmp_path))
+    path = tmp_path / "checkpoints/last.ckpt"
+    found = CLPModule.load_from_checkpoint(path, weights_only=True)
+    same_answers(found, module)
+    with pytest.raises(ValueError, match=f"`{name}` was a lambda.*Pass it again"):
+        found.configure_optimizers()
+    found = CLPModule.load_from_checkpoint(path, weights_only=True, **{name: made})
+    assert getattr(found, name) is made
 
 
 # -- refused -----------------------------------------------------------------------------------
