@@ -197,7 +197,6 @@ def test_a_subclassed_module_runs_and_moves(config: dict[str, Any], tmp_path: Pa
 def test_fit_validate_test_predict(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config["trainer"]["callbacks"].append({"class_path": "PredictionsCallback"})
     config["trainer"]["max_steps"] = 4
     config["model"]["init_args"]["eval_samples"] = 2
     path = write_config(tmp_path / "config.yaml", config)
@@ -236,6 +235,17 @@ def test_fit_validate_test_predict(
     point = fronts[0]["points"][1]
     half = [record["rewards"]["kind"] for record in records if record["weights"]["kind"] == 0.5]
     assert abs(point["rewards"]["kind"] - sum(half) / len(half)) < 1e-6
+
+
+def test_a_run_without_evaluation_prompts_is_resumed_at_its_end_but_not_validated(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    config["data"]["init_args"]["holdout"] = 0
+    path = write_config(tmp_path / "config.yaml", config)
+    main(["fit", "--config", path])
+    main(["fit", "--config", path, f"--ckpt_path={tmp_path / 'run'}"])
+    with pytest.raises(ValueError, match="no prompts to evaluate on"):
+        main(["validate", "--config", path, f"--ckpt_path={tmp_path / 'run'}"])
 
 
 def check_schema(front: dict[str, Any], names: list[str], *, prompts: int, seed: int) -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.runs import in_child, main, on_two_processes, read_lines, run_config, write_config
+from clp_lightning.cli import main
+from tests.processes import in_child, on_two_processes
+from tests.runs import read_lines, run_config, write_config
 
 EVALUATION = 2**31  # fronts and statistics have epochs from here on
 
@@ -113,7 +115,6 @@ def test_fronts_and_predictions_are_the_same(
     assert in_child(main, ["fit", "--config", write_config(tmp_path / "train.yaml", config)]) == 0
     checkpoint = f"--ckpt_path={tmp_path / 'train/run'}"
     del config["trainer"]["limit_val_batches"]
-    config["trainer"]["callbacks"].append({"class_path": "PredictionsCallback"})
     config["data"]["init_args"] |= {"holdout": 5, "eval_batch_size": 2}  # 3 batches
     texts = []
     for name in ("one", "two"):
