@@ -20,7 +20,7 @@ from transformers import (
 
 from clp_lightning.rewards import ClassifierHead, RewardBank, Support
 from clp_lightning.rewards.heads import MINILM
-from tests.rewards.test_bank import rollout
+from tests.rewards.rollouts import rollout
 from tests.tiny import PAD, VOCABULARY, tiny_tokenizer
 
 TEXTS = ["Yes.", "No, it is not so.", "", "Perhaps tomorrow"]

@@ -9,7 +9,7 @@ import torch
 from trl import rewards as trl
 
 from clp_lightning.rewards import Function, RewardBank
-from tests.rewards.test_bank import rollout
+from tests.rewards.rollouts import rollout
 
 TEXTS = [
     r"<think>One third.</think>It is \boxed{\frac{1}{3}}",
@@ -18,7 +18,7 @@ TEXTS = [
 ]
 PROMPTS = [[{"role": "user", "content": "What is 2/6?"}]] * 3
 COMPLETIONS = [[{"role": "assistant", "content": text}] for text in TEXTS]
-IDS = [[0], [0, 1], [0, 1, 2]]  # of tests.rewards.test_bank.rollout
+IDS = [[0], [0, 1], [0, 1, 2]]  # of tests.rewards.rollouts.rollout
 SOLUTION = [r"\frac{1}{3}", r"\frac{1}{3}", "what?"]
 
 
