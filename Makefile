@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Processes that share cores must not spin while they wait for each other.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install quickstart lint test test-all clean
+.PHONY: install quickstart lint test test-all benchmark-memory clean
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -45,6 +45,10 @@ test: lint
 
 test-all: lint
 	$(PYTEST)
+
+# Peak memory of a LoRA-CLP step beside one of plain PEFT LoRA.
+benchmark-memory: install
+	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
