@@ -47,13 +47,12 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """A run that was resumed behind its last step has trained nothing and swept nothing."""
-        if not getattr(self.datamodule, "has_eval_prompts", True):
-            return
         trainer: Any = self.trainer  # whose `callbacks` Lightning does not declare
         fronts = [c for c in trainer.callbacks if isinstance(c, FrontCallback)]
         # With a launcher that forks, this process has not seen what its children did.
         forks = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
-        if fronts and not forks and not any(front.swept for front in fronts):
+        unswept = fronts and not forks and not any(front.swept for front in fronts)
+        if unswept and getattr(self.datamodule, "has_eval_prompts", True):
             self.trainer.validate(self.model, datamodule=self.datamodule)
 
 

@@ -126,6 +126,7 @@ class PromptDataModule(LightningDataModule):
         self.system, self.conversational = system, conversational
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.seed = num_workers, seed
+        self._fits = False
         self._train: PromptDataset | None = None
         self._eval: PromptDataset | None = None
         self._train_sampler: PromptSampler | None = None
@@ -145,6 +146,7 @@ class PromptDataModule(LightningDataModule):
         Raises:
             ValueError: for unknown or reserved columns, an empty data set, an empty prompt.
         """
+        self._fits = stage == "fit"
         if self._train is not None:
             return
         train, *evaluation = [self._load(source, split) for source, split in self._sources()]
@@ -246,8 +248,7 @@ class PromptDataModule(LightningDataModule):
         Raises:
             ValueError: there are none; ``fit`` goes without.
         """
-        fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        return [] if fits and not self.has_eval_prompts else self._eval_loader()
+        return [] if self._fits and not self.has_eval_prompts else self._eval_loader()
 
     def test_dataloader(self) -> PromptLoader:
         """The same prompts as ``val_dataloader``."""

@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset, DatasetDict
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 
 from clp_lightning.data import Docstrings, PromptDataModule
 
@@ -128,10 +127,9 @@ def test_own_evaluation_prompts(tmp_path: Path) -> None:
 
 def test_without_evaluation_prompts() -> None:
     data = ready(holdout=0)
-    data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    data.trainer.state.fn = TrainerFn.FITTING
+    data.setup("fit")
     assert data.val_dataloader() == []
-    data.trainer.state.fn = TrainerFn.VALIDATING
+    data.setup("validate")
     for loader in (data.val_dataloader, data.test_dataloader):
         with pytest.raises(ValueError, match="no prompts to evaluate on: set holdout"):
             loader()
