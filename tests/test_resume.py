@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from clp_lightning.cli import main
-from tests.runs import in_child, read_lines, run_config, write_config
+from tests.processes import in_child
+from tests.runs import read_lines, run_config, write_config
 
 MAX_STEPS, BATCHES_PER_STEP = 10, 2  # a pass over the data has 4 steps
 
@@ -38,7 +39,7 @@ def fit(config: str, record: Path, *more: str) -> int:
 
 def kill(where: str, step: int) -> list[str]:
     return [
-        "--trainer.callbacks+=tests.runs.Kill",
+        "--trainer.callbacks+=tests.processes.Kill",
         f"--trainer.callbacks.where={where}",
         f"--trainer.callbacks.step={step}",
     ]
