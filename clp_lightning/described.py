@@ -98,11 +98,7 @@ def load_object(path: str) -> Any:
             continue
         for part in parts[cut:]:
             if not hasattr(found, part):
-                # What another script or notebook defined is not here.
-                advice = " Pass it again (rewards={...})." if module_name == "__main__" else ""
-                raise ValueError(
-                    f"'{path}': {module_name} has no '{'.'.join(parts[cut:])}'.{advice}"
-                )
+                raise ValueError(f"'{path}': {module_name} has no '{'.'.join(parts[cut:])}'.")
             found = getattr(found, part)
         return found
     raise ValueError(f"'{path}' cannot be imported: give the full path, package.module.name.")

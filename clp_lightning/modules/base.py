@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -130,6 +131,24 @@ class PolicyModule(Described, LightningModule):
             return optimizer
         both = torch.optim.lr_scheduler.ChainedScheduler(schedulers, optimizer=optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": both, "interval": "step"}}
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Self:
+        """As Lightning's.
+
+        Raises:
+            ValueError: an argument was defined in a script or notebook that is not this one.
+        """
+        try:
+            return super().load_from_checkpoint(*args, **kwargs)
+        except (ArgumentError, ValueError) as error:
+            if "__main__" not in str(error):
+                raise
+            raise ValueError(
+                f"{error}\nIt was defined in another script or notebook. Move it to a module, or "
+                "define it here too, or pass all rewards again: "
+                "load_from_checkpoint(path, rewards={...})."
+            ) from error
 
     # -- checkpoints -----------------------------------------------------------------------
 

@@ -121,6 +121,32 @@ def test_a_lambda_must_be_passed_again(tiny_folder: Callable[..., Path], tmp_pat
     same_answers(found, module)
 
 
+class OfScript(Counted):
+    """Says that it is a script's, as does ``of_script``."""
+
+
+def of_script(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+OfScript.__module__ = of_script.__module__ = "__main__"
+
+
+@pytest.mark.parametrize("reward", [OfScript(), of_script])
+def test_rewards_of_another_script_must_be_passed_again(
+    reward: Any, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    rewards = {"kind": kind, "own": reward}
+    make_trainer(tmp_path, RunCheckpoint()).fit(
+        make_module(tiny_folder(), rewards=rewards), make_data(tmp_path)
+    )
+    path = tmp_path / "checkpoints/last.ckpt"
+    with pytest.raises(ValueError, match=r"(?s)__main__.*pass all rewards again"):
+        CLPModule.load_from_checkpoint(path, weights_only=True)
+    found = CLPModule.load_from_checkpoint(path, rewards=rewards, weights_only=True)
+    assert found.rewards.names == ["kind", "own"]
+
+
 def test_optimizers_made_in_python_are_rebuilt(
     tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
