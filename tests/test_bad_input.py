@@ -79,7 +79,7 @@ TEN = [f"tea {i}" for i in range(10)]
         ),
         ({"data": {"columns": {"document": "body"}}}, r"columns names \['body'\]; the data has: "),
         ({"data": {"source": "nowhere.jsonl"}}, "'nowhere.jsonl' does not exist"),
-        ({"rows": rows(prompt=[])}, r"rows.jsonl' has no rows"),
+        ({"rows": rows(prompt=[])}, r"rows.jsonl' is empty"),
         ({"rows": rows(prompt=[*TEN, "  "])}, "Row 10 has an empty prompt"),
         ({"rows": rows(document=TEN)}, "No column is called prompt.*there are: document"),
         (
@@ -131,7 +131,7 @@ def test_a_faulty_reward_stops_the_run_and_is_named(
     tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     module = make_module(tiny_folder(), rewards={"kind": kind, "nan": not_a_number})
-    with pytest.raises(RewardError, match=r"Reward 'nan' returned nan .*Prompt: '.*Completion: '"):
+    with pytest.raises(RewardError, match=r"Reward 'nan' returned nan.*Prompt: '.*Completion: '"):
         make_trainer(tmp_path).fit(module, make_data(tmp_path))
 
 
