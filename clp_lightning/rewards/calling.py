@@ -118,7 +118,7 @@ def _number(value: Any, row: int) -> float:
         number = math.inf if value > 0 else -math.inf
     if not abs(number) <= _LARGEST:
         raise Problem(
-            f"returned {number}, no finite float32 number (None is the way to give no score)", row
+            f"returned {number} (not finite in float32; None is the way to give no score)", row
         )
     return number
 
