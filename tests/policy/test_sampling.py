@@ -56,6 +56,12 @@ def test_the_largest_uniform_never_takes_an_impossible_token() -> None:
     assert tokens.item() == 1
 
 
+def test_the_smallest_uniform_never_takes_an_impossible_token() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0]])
+    tokens, _ = sample_tokens(logits, torch.zeros(1), Sampling())
+    assert tokens.item() == 1
+
+
 def test_truncation() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     assert truncate_logits(logits, top_p=1.0, top_k=2).isfinite().tolist() == [
