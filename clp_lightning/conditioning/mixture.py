@@ -112,11 +112,8 @@ class Mixture(Conditioner):
 
     # -- merging ------------------------------------------------------------------------------
 
-    def session(self) -> AbstractContextManager[None]:
-        return self._remember()
-
     @contextmanager
-    def _remember(self) -> Iterator[None]:
+    def session(self) -> Iterator[None]:
         """Merges a preference once for all forward passes of the block."""
         outer, self._merged = self._merged, {}
         try:
@@ -222,7 +219,7 @@ class Mixture(Conditioner):
         if len(preference) != 1:
             raise ValueError(f"fold() takes one preference; got {len(preference)} rows.")
         with self._swapped(self._merge(self.coefficients(preference)[0])):
-            # Read as parameters, because state_dict skips nothing else.
+            # Copies, because the base's own tensors come back when the block is left.
             return {
                 name: value.detach().clone() for name, value in self._model.state_dict().items()
             }
