@@ -17,8 +17,16 @@ __all__ = ["generator", "resolve_seed", "uniforms"]
 
 
 def resolve_seed(seed: int | None) -> int:
-    """``seed`` itself, or the one of ``seed_everything`` (0 where none was set)."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+    """``seed`` itself, or the one of ``seed_everything`` (0 where none was set).
+
+    Raises:
+        ValueError: it is negative, which no key may be.
+    """
+    if seed is None:
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more; got {seed}.")
+    return int(seed)
 
 
 def generator(*key: int) -> torch.Generator:

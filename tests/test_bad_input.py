@@ -79,6 +79,13 @@ TEN = [f"tea {i}" for i in range(10)]
         ),
         ({"data": {"columns": {"document": "body"}}}, r"columns names \['body'\]; the data has: "),
         ({"data": {"source": "nowhere.jsonl"}}, "'nowhere.jsonl' does not exist"),
+        ({"data": {"batch_size": 17}}, "16 prompts cannot fill one batch of 17 prompts"),
+        (
+            {"data": {"batch_size": 9}, "module": {"rollout_batches": 2}, "accumulate": 2},
+            "16 prompts cannot fill one batch of 9 prompts x 2 rollout batches",
+        ),
+        ({"data": {"seed": -1}}, "seed must be 0 or more; got -1"),
+        ({"module": {"seed": -1}}, "seed must be 0 or more; got -1"),
         ({"rows": rows(prompt=[])}, r"rows.jsonl' is empty"),
         ({"rows": rows(prompt=[*TEN, "  "])}, "Row 10 has an empty prompt"),
         ({"rows": rows(document=TEN)}, "No column is called prompt.*there are: document"),
@@ -99,7 +106,8 @@ def test_it_is_told_before_the_model_is_loaded(
         data = make_data(tmp_path, **mistake.get("data", {}))
         if "rows" in mistake:
             mistake["rows"](tmp_path)
-        make_trainer(tmp_path, callback).fit(module, data)
+        accumulate = mistake.get("accumulate", 1)
+        make_trainer(tmp_path, callback, accumulate_grad_batches=accumulate).fit(module, data)
 
 
 def test_a_model_that_is_nowhere(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
@@ -17,7 +18,7 @@ from ..types import PromptBatch
 from .collate import PromptFormat, collate
 from .docstrings import Docstrings
 from .sampler import BatchKey, PromptLoader, PromptSampler, deal, row_order
-from .sources import has_splits, load_rows
+from .sources import Source, as_source, has_splits, load_rows
 
 __all__ = ["PromptDataModule", "PromptDataset"]
 
@@ -51,7 +52,8 @@ class PromptDataModule(LightningDataModule):
 
     Args:
         source: A folder, a .jsonl, .json, .csv or .parquet file, a data set's name on the hub,
-            a ``datasets.Dataset``, or ``docstrings``, the corpus that needs no download.
+            a ``datasets.Dataset``, a pandas DataFrame, or ``docstrings``, the corpus that needs no
+            download.
         source_config: Configuration of a hub data set.
         split: Split of the source to train on.
         eval_source: Where the prompts of validate, test and predict come from, if not from rows
@@ -76,10 +78,10 @@ class PromptDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: str | Docstrings | Dataset = "docstrings",
+        source: str | Path | Docstrings | Dataset | pd.DataFrame = "docstrings",
         source_config: str | None = None,
         split: str = "train",
-        eval_source: str | Docstrings | Dataset | None = None,
+        eval_source: str | Path | Docstrings | Dataset | pd.DataFrame | None = None,
         eval_split: str | None = None,
         holdout: int | float | None = None,
         eval_prompts: int | None = None,
@@ -94,8 +96,8 @@ class PromptDataModule(LightningDataModule):
         limit: int | None = None,
     ) -> None:
         super().__init__()
-        self.source = source = Docstrings() if source == "docstrings" else source
-        self.eval_source = Docstrings() if eval_source == "docstrings" else eval_source
+        self.source = as_source("source", source)
+        self.eval_source = None if eval_source is None else as_source("eval_source", eval_source)
         sizes = {
             "batch_size": batch_size,
             "eval_batch_size": eval_batch_size,
@@ -109,8 +111,7 @@ class PromptDataModule(LightningDataModule):
         if own_eval and holdout:
             raise ValueError("Give holdout, or eval_source and eval_split, not both.")
         if eval_split is not None and (
-            not has_splits(source if eval_source is None else eval_source)
-            or (eval_source is None and eval_split == split)
+            not has_splits(self._evaluated_source) or (eval_source is None and eval_split == split)
         ):
             raise ValueError(
                 f"eval_split '{eval_split}' must be another split of a folder or hub data set; "
@@ -125,6 +126,7 @@ class PromptDataModule(LightningDataModule):
         self.columns, self.template = dict(columns or {}), template
         self.system, self.conversational = system, conversational
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        keyed.resolve_seed(seed)  # an early error; "by default" is decided when training starts
         self.num_workers, self.seed = num_workers, seed
         self._fits = False
         self._train: PromptDataset | None = None
@@ -144,11 +146,16 @@ class PromptDataModule(LightningDataModule):
         """Load the rows, check them, hold some out.
 
         Raises:
-            ValueError: for unknown or reserved columns, an empty data set, an empty prompt.
+            ValueError: for unknown or reserved columns, an empty data set, an empty prompt, fewer
+                training prompts than a batch.
         """
         self._fits = stage == "fit"
-        if self._train is not None:
-            return
+        if self._train is None:
+            self._load_all()
+        if self._fits:
+            self._new_sampler()  # too few prompts for a batch: an error before a model is loaded
+
+    def _load_all(self) -> None:
         train, *evaluation = [self._load(source, split) for source, split in self._sources()]
         everything = torch.arange(len(train.rows))
         if evaluation:
@@ -172,14 +179,17 @@ class PromptDataModule(LightningDataModule):
         self._ready()
         return self._eval is not None and len(self._eval) > 0
 
-    def _sources(self) -> list[tuple[str | Docstrings | Dataset, str]]:
+    @property
+    def _evaluated_source(self) -> Source:
+        return self.source if self.eval_source is None else self.eval_source
+
+    def _sources(self) -> list[tuple[Source, str]]:
         sources = [(self.source, self.split)]
         if self.eval_source is not None or self.eval_split is not None:
-            source = self.source if self.eval_source is None else self.eval_source
-            sources.append((source, self.eval_split or self.split))
+            sources.append((self._evaluated_source, self.eval_split or self.split))
         return sources
 
-    def _load(self, source: str | Docstrings | Dataset, split: str) -> PromptDataset:
+    def _load(self, source: Source, split: str) -> PromptDataset:
         rows = load_rows(source, self.source_config, split)
         if self.limit is not None:
             rows = rows.select(range(min(self.limit, len(rows))))
@@ -221,12 +231,20 @@ class PromptDataModule(LightningDataModule):
 
     def train_dataloader(self) -> PromptLoader:
         """Shuffled by (seed, epoch); every batch ``rollout_batches`` times."""
-        data = self._ready()
+        sampler = self._new_sampler()
+        if self._position is not None:
+            sampler.load_state_dict(self._position)
+            self._position = None
+        self._train_sampler = sampler
+        return self._loader(self._ready(), sampler)
+
+    def _new_sampler(self) -> PromptSampler:
+        """Of the training prompts, at the start of the trainer's epoch."""
         trainer = self.trainer
         if getattr(trainer, "overfit_batches", 0):
             raise ValueError("overfit_batches would replace the sampler; use limit=N instead.")
         sampler = PromptSampler(
-            len(data),
+            len(self._ready()),
             self.batch_size,
             seed=keyed.resolve_seed(self.seed),
             parts=getattr(trainer and trainer.lightning_module, "rollout_batches", 1),
@@ -236,11 +254,7 @@ class PromptDataModule(LightningDataModule):
         )
         if trainer is not None:
             sampler.limit_pass(trainer.limit_train_batches)
-        if self._position is not None:
-            sampler.load_state_dict(self._position)
-            self._position = None
-        self._train_sampler = sampler
-        return self._loader(data, sampler)
+        return sampler
 
     def val_dataloader(self) -> PromptLoader | list[Any]:
         """The held-out prompts in a fixed order; a batch may come twice under DDP.
@@ -303,5 +317,5 @@ def _split_order(num_rows: int) -> torch.Tensor:
     return torch.randperm(num_rows, generator=keyed.generator(2**32))
 
 
-def _name(source: str | Docstrings | Dataset) -> str:
-    return f"'{source}'" if isinstance(source, (str, Path)) else type(source).__name__
+def _name(source: Source) -> str:
+    return f"'{source}'" if isinstance(source, str) else type(source).__name__

@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, TypeAlias
 
+import pandas as pd
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from .docstrings import Docstrings
 
-__all__ = ["has_splits", "load_rows"]
+__all__ = ["Source", "as_source", "has_splits", "load_rows"]
+
+Source: TypeAlias = str | Docstrings | Dataset
+"""Where rows come from, once it is known to be something that can be read."""
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def has_splits(source: str | Docstrings | Dataset) -> bool:
+def as_source(name: str, source: Any) -> Source:
+    """``source`` itself, or what a path, a DataFrame or the name of the corpus stands for.
+
+    Args:
+        name: The argument's name, for the error.
+        source: See :class:`PromptDataModule`.
+
+    Raises:
+        ValueError: for anything else; says what it may be.
+    """
+    if isinstance(source, pd.DataFrame):
+        return Dataset.from_pandas(source, preserve_index=False)
+    if isinstance(source, Path):
+        return str(source)
+    if isinstance(source, (str, Docstrings, Dataset)):
+        return Docstrings() if source == "docstrings" else source
+    raise ValueError(
+        f"{name} is a {type(source).__name__}; give a file, a folder, a data set's name, a "
+        "datasets.Dataset (one split: data['train']; rows: Dataset.from_list(rows)), a pandas "
+        "DataFrame or Docstrings()."
+    )
+
+
+def has_splits(source: Source) -> bool:
     """Whether a split can be chosen: from a folder and a hub data set it can."""
     return isinstance(source, str) and _builder(Path(source)) is None
 
@@ -22,7 +50,7 @@ def _builder(path: Path) -> str | None:
     return _BUILDERS.get(path.suffix.lower())
 
 
-def load_rows(source: str | Docstrings | Dataset, config: str | None, split: str) -> Dataset:
+def load_rows(source: Source, config: str | None, split: str) -> Dataset:
     """The rows of a source.
 
     Args:

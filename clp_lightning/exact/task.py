@@ -53,6 +53,8 @@ class ExactTask(Described):
     stop: bool = False
 
     def __post_init__(self) -> None:
+        if self.task_seed < 0:
+            raise ValueError(f"task_seed must be 0 or more, not {self.task_seed}.")
         if not 2 <= self.num_tokens <= len(LETTERS):
             raise ValueError(f"num_tokens must lie in 2..{len(LETTERS)}, not {self.num_tokens}.")
         if self.length < 1 or self.num_tokens**self.length > MAX_RESPONSES:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -57,6 +58,31 @@ def test_sources(tmp_path: Path, kind: str) -> None:
         assert batch.prompts == [f"prompt {i}" for i in batch.prompt_ids.tolist()]
         assert batch.columns == {"level": batch.prompt_ids.tolist()}
     assert data.column_names == ["level"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "splits", "frame"])
+def test_sources_as_python_objects(tmp_path: Path, kind: str) -> None:
+    # With an index of its own, which is no column.
+    frame = pd.DataFrame(ROWS, index=range(5, 15))
+    source: Any = frame if kind == "frame" else Path(write(tmp_path, kind))
+    evaluation = {"eval_split": "test"} if kind == "splits" else {"eval_source": source}
+    data = ready(source=source, **evaluation)
+    assert sorted(ids(data.train_dataloader())) == list(range(10))
+    assert ids(data.val_dataloader()) == list(range(3 if kind == "splits" else 10))
+    assert data.column_names == ["level"]
+
+
+def test_sources_of_no_use_are_refused_by_name() -> None:
+    splits = DatasetDict({"train": Dataset.from_list(ROWS)})
+    with pytest.raises(ValueError, match=r"source is a DatasetDict; .*data\['train'\]"):
+        PromptDataModule(splits)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"eval_source is a list; .*from_list"):
+        PromptDataModule(eval_source=ROWS)  # type: ignore[arg-type]
+
+
+def test_an_empty_evaluation_source_is_not_the_training_one() -> None:
+    with pytest.raises(ValueError, match="no rows"):
+        ready(eval_source=Dataset.from_dict({"prompt": [], "level": []}))
 
 
 def test_paths_from_home_and_suffixes_in_capitals(

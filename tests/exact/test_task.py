@@ -103,6 +103,7 @@ def test_rows_refuses_what_is_no_response() -> None:
         ({"length": 9}, "length"),
         ({"num_contexts": 31}, r"1\.\.30"),
         ({"num_contexts": 21, "stop": True}, r"1\.\.20"),
+        ({"task_seed": -1}, "task_seed"),
         ({"num_rewards": 0}, "num_rewards"),
     ],
 )
