@@ -153,9 +153,20 @@ class Conditioner(Described, nn.Module, ABC):
     def shared(self) -> list[nn.Parameter]:
         """Parameters that all preferences share, possibly none."""
 
-    @abstractmethod
+    @torch.no_grad()
     def fold(self, preference: Preference) -> dict[str, Tensor]:
-        """The model's plain state dict at one preference, as if it had never been conditioned."""
+        """The model's plain state dict at one preference, as if it had never been conditioned.
+
+        Raises:
+            ValueError: if ``preference`` has more than one row.
+        """
+        if len(preference) != 1:
+            raise ValueError(f"fold() takes one preference; got {len(preference)} rows.")
+        return self.fold_at(self.coefficients(preference)[0])
+
+    @abstractmethod
+    def fold_at(self, coefficients: Tensor) -> dict[str, Tensor]:
+        """The plain state dict at given coefficients, shape (K + 1,), the shared part's last."""
 
     def rewrite(self, prompt: Prompt, preference: Preference) -> Prompt:
         """The prompt that the policy sees; parameter-space conditionings leave it as it is."""
@@ -187,6 +198,8 @@ class Conditioner(Described, nn.Module, ABC):
         """
         if len(preference) == 1:
             return self.merged(preference)
+        if index is not None:
+            preference = preference[index]
         reason = self.why_not_rows()
         if (reason or self.one_preference_per_batch) and _all_equal(preference):
             return self.merged(preference[:1])
@@ -195,8 +208,7 @@ class Conditioner(Described, nn.Module, ABC):
                 f"Another preference in every row is not possible here: {reason}. Use one "
                 'preference per batch: CLPCallback(per="batch").'
             )
-        coefficients = self.coefficients(preference)
-        return self.open(Scope(coefficients if index is None else coefficients[index]))
+        return self.open(Scope(self.coefficients(preference)))
 
     def why_not_rows(self) -> str | None:
         """Why this model cannot answer for another preference in every row; None where it can."""

@@ -15,7 +15,6 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..types import Preference
 from .base import Coefficients, Conditioner
 from .targets import PRESETS, check_preset, select_layers
 
@@ -185,17 +184,15 @@ class LoRA(Conditioner):
         ]
 
     @torch.no_grad()
-    def delta(self, layer: Layer, preference: Preference) -> Tensor:
-        """What one preference adds to a layer's weight, in the weight's own layout."""
+    def delta(self, layer: Layer, coefficients: Tensor) -> Tensor:
+        """What coefficients, shape (K + 1,), add to a layer's weight, in the weight's layout."""
         down, up = self._stack(layer)
-        coefficients = self.coefficients(preference)[0, self._columns(layer).to(down.device)]
-        added = (up * coefficients.to(up.dtype)) @ down
+        mix = coefficients[self._columns(layer).to(coefficients.device)]
+        added = (up * mix.to(up)) @ down
         return added.T if getattr(layer, "fan_in_fan_out", False) else added
 
     @torch.no_grad()
-    def fold(self, preference: Preference) -> dict[str, Tensor]:
-        if len(preference) != 1:
-            raise ValueError(f"fold() takes one preference; got {len(preference)} rows.")
+    def fold_at(self, coefficients: Tensor) -> dict[str, Tensor]:
         state = {
             key.replace(".base_layer.", "."): value
             for key, value in self._model.state_dict().items()
@@ -207,7 +204,7 @@ class LoRA(Conditioner):
                 raise ValueError(
                     f"{name} is quantised; its adapters cannot be folded in. Export an adapter."
                 )
-            state[f"{name}.weight"] = weight + self.delta(layer, preference).to(weight.dtype)
+            state[f"{name}.weight"] = weight + self.delta(layer, coefficients).to(weight.dtype)
         return state
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..described import check_choice
-from ..types import Preference
 from .base import Coefficients, Conditioner, Scope
 from .rowwise import mix_rows, why_not_rows
 from .targets import check_preset, in_attention
@@ -215,10 +214,8 @@ class Mixture(Conditioner):
         return list(self.shared_delta.values())
 
     @torch.no_grad()
-    def fold(self, preference: Preference) -> dict[str, Tensor]:
-        if len(preference) != 1:
-            raise ValueError(f"fold() takes one preference; got {len(preference)} rows.")
-        with self._swapped(self._merge(self.coefficients(preference)[0])):
+    def fold_at(self, coefficients: Tensor) -> dict[str, Tensor]:
+        with self._swapped(self._merge(coefficients)):
             # Copies, because the base's own tensors come back when the block is left.
             return {
                 name: value.detach().clone() for name, value in self._model.state_dict().items()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from ..types import Preference
 from .base import Conditioner, Scope
 
 __all__ = ["Unconditioned"]
@@ -40,6 +38,5 @@ class Unconditioned(Conditioner):
             raise RuntimeError("An unconditioned policy has no reference; use a conditioner.")
         return super().open(scope)
 
-    @torch.no_grad()
-    def fold(self, preference: Preference) -> dict[str, Tensor]:
+    def fold_at(self, coefficients: Tensor) -> dict[str, Tensor]:
         return dict(self._model.state_dict())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -25,6 +25,11 @@ class _Around(Conditioner):
     def __init__(self, rest: Conditioner | None, coefficients: Coefficients | None) -> None:
         super().__init__(coefficients)
         self.rest = rest or Mixture()
+        if self.rest.init_args.get("coefficients") is not None:
+            raise ValueError(
+                f"The coefficients of {type(self).__name__} rule what `rest` trains too; give them "
+                f"to {type(self).__name__}, not to {type(self.rest).__name__}."
+            )
 
     def attach(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
         self._names = list(names)
@@ -44,7 +49,7 @@ class _Around(Conditioner):
         return self.rest.session()
 
     @contextmanager
-    def open(self, scope: Scope) -> Any:
+    def open(self, scope: Scope) -> Iterator[None]:
         with ExitStack() as scopes:
             scopes.enter_context(super().open(scope))
             shared = scope.coefficients
@@ -54,8 +59,21 @@ class _Around(Conditioner):
             scopes.enter_context(self.rest.open(Scope(inner)))
             yield
 
-    def fold(self, preference: Preference) -> dict[str, Tensor]:
-        return self.rest.fold(Preference(preference.weights[:, :0], preference.alpha))
+    def checkpoint_context(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        scope = self.scope
+        now, rest_again = self.rest.checkpoint_context()
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            with super(_Around, self).open(Scope(scope.coefficients)), rest_again:
+                yield
+
+        return now, again()
+
+    def fold_at(self, coefficients: Tensor) -> dict[str, Tensor]:
+        return self.rest.fold_at(coefficients[-1:])
 
 
 class PromptText(_Around):
@@ -159,14 +177,15 @@ class SoftPrompt(_Around):
     def copies(self) -> list[list[nn.Parameter]]:
         return [[vector] for vector in self.vectors]
 
-    def fold(self, preference: Preference) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def fold_at(self, coefficients: Tensor) -> dict[str, Tensor]:
         """Plain weights: the preference's vector is in the embedding of every token.
 
         The output layer does not carry it, so a tied table comes apart.
         """
-        state = super().fold(preference)
-        vectors = torch.stack(list(self.vectors)).detach()
-        added = (self.coefficients(preference)[0, :-1].detach() @ vectors).to(vectors)
+        state = super().fold_at(coefficients)
+        vectors = torch.stack(list(self.vectors))
+        added = coefficients[:-1].to(vectors) @ vectors
         for name, module in self._tables.items():
             scale = getattr(module, "scalar_embed_scale", 1.0)  # Gemma's comes after the table
             weight = state[f"{name}.weight"]
