@@ -149,7 +149,14 @@ def test_overrides_on_the_command_line(config: dict[str, Any], tmp_path: Path) -
 
 def results(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     checkpoint = torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True)
-    return json.loads((folder / "run/front.json").read_text()), checkpoint["state_dict"]
+    return read_front(folder / "run"), checkpoint["state_dict"]
+
+
+def read_front(folder: Path) -> Any:
+    """But for the seconds, which are others every time."""
+    front = json.loads((folder / "front.json").read_text())
+    assert front["cost"].pop("wall_s") > 0
+    return front
 
 
 def test_print_config_reproduces_the_run(
@@ -207,7 +214,7 @@ def test_fit_validate_test_predict(
         main([command, "--config", path, *more])
         out = capsys.readouterr().out
         assert re.findall(r"^front: (.*)$", out, re.MULTILINE) == [str(run_folder / "front.json")]
-        fronts.append(json.loads((run_folder / "front.json").read_text()))
+        fronts.append(read_front(run_folder))
     # The same prompts, the same draws, the trained policy: three times the same front.
     assert fronts[0] == fronts[1] == fronts[2]
     check_schema(fronts[0], ["kind", "short"], prompts=4, seed=3)
@@ -251,7 +258,10 @@ def test_a_run_without_evaluation_prompts_is_resumed_at_its_end_but_not_validate
 def check_schema(front: dict[str, Any], names: list[str], *, prompts: int, seed: int) -> None:
     """Against the list of issue and README: which fields there are, and of which kind."""
     top = ["schema", "seed", "decoding", "rewards", "reference_point", "points", "reference"]
-    assert list(front) == [*top, "metrics"]
+    assert [*top, "metrics"] == list(front)[: len(top) + 1]
+    cost = front["cost"]
+    assert cost["responses"] > 0 and cost["reward_calls"] == cost["responses"] * len(names)
+    assert cost["models"] == cost["forwards"] == 1
     assert (front["schema"], front["seed"], front["rewards"]) == (1, seed, names)
     assert front["decoding"]["temperature"] == 1
     assert front["reference_point"] == [-1, -1]

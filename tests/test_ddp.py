@@ -61,10 +61,10 @@ def trimmed(tokens: list[int]) -> list[int]:
     return tokens
 
 
-def weights_of(folder: Path) -> dict[str, Tensor]:
-    path = folder / "run/checkpoints/last.ckpt"
-    state: dict[str, Tensor] = torch.load(path, weights_only=True)["state_dict"]
-    return state
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Weights, and what training has cost."""
+    checkpoint = torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True)
+    return checkpoint["state_dict"], checkpoint["clp_lightning_cost"]["counts"]
 
 
 DROPS = {"on_reward_error": "drop"}
@@ -100,7 +100,8 @@ def test_the_same_tokens_and_gradients(
     assert len(one) == 6 * 2 + 2 * 16 * 3 - 4 * 3  # statistics, then two passes but for 4 prompts
     assert one == two
 
-    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    (one, cost), (two, same_cost) = (read_checkpoint(tmp_path / name) for name in ("one", "two"))
+    assert cost == same_cost and cost["responses"] == 2 * 16 * 3 - 4 * 3  # dropped ones too
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-10, atol=1e-10)

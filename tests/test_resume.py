@@ -110,6 +110,8 @@ def assert_same_end(run: Path, expected: dict[str, Any]) -> None:
     found = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
         assert same(found[key], expected[key]), key
+    costs = [checkpoint["clp_lightning_cost"]["counts"] for checkpoint in (found, expected)]
+    assert costs[0] == costs[1] and costs[0]["optimizer_steps"] == MAX_STEPS
 
 
 def test_killed_again_within_the_first_step_after_a_resume(

@@ -36,7 +36,7 @@ class FrontCallback(Callback):
     by setting ``pl_module.full_grid``.
 
     The module measures: at the end of a validation or test epoch it sets ``front_report``, and it
-    has a ``seed`` and a dict ``decoding``.
+    has a ``seed``, a dict ``decoding`` and a method ``cost_report``.
 
     Attributes:
         path: Of the newest front.json of this run, on rank zero; None before there is one.
@@ -93,6 +93,7 @@ class FrontCallback(Callback):
                 f"FrontCallback found no front: {type(pl_module).__name__} must set `front_report` "
                 "at the end of its validation and test epochs, as CLPModule does."
             )
+        module: Any = pl_module
         extra = self.extra_metrics(trainer, pl_module)
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # communicates: on every rank
         if not trainer.is_global_zero:
@@ -100,11 +101,12 @@ class FrontCallback(Callback):
         body = report.to_dict()
         front = {
             "schema": body.pop("schema"),
-            "seed": pl_module.seed,
-            "decoding": pl_module.decoding,
+            "seed": module.seed,
+            "decoding": module.decoding,
             **body,
         }
         front["metrics"] |= extra
+        front["cost"] = module.cost_report()
         self._front, self.path = front, folder / "front.json"
 
         folder.mkdir(parents=True, exist_ok=True)

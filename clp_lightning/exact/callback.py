@@ -35,11 +35,12 @@ class ExactFrontCallback(FrontCallback):
     """Adds the closed gap of every front, computed over all responses rather than sampled ones.
 
     It is (V - V_ref) / (V* - V_ref) at the grid's preferences with alpha in (0, 0.5]: logged as
-    ``val/closed_gap`` and ``val/closed_gap_min``, and written to front.json. Needs an
+    ``val/closed_gap`` and ``val/closed_gap_min``, and written to front.json, where
+    ``closed_gap.points`` has it point by point (null where it is not defined). Needs an
     ``ExactDataModule``.
     """
 
-    _closed_gap: dict[str, float | None] | None = None
+    _closed_gap: dict[str, Any] | None = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_epoch_end(trainer, pl_module)
@@ -61,14 +62,18 @@ class ExactFrontCallback(FrontCallback):
             )
         assert isinstance(pl_module, CLPModule)
         grid = pl_module.eval_preferences
-        grid = grid[(grid.alpha > 0) & (grid.alpha <= MAX_ALPHA)]
-        if not len(grid):
-            self._closed_gap = {"mean": None, "min": None}
+        judged = (grid.alpha > 0) & (grid.alpha <= MAX_ALPHA)
+        points: list[float | None] = [None] * len(grid)
+        if not judged.any():
+            self._closed_gap = {"mean": None, "min": None, "points": points}
             return
+        grid = grid[judged]
         logp = exact_logp(pl_module.policy, data.task, grid)
         ref_logp = exact_reference_logp(pl_module.policy, data.task)
         gap = closed_gap(logp, ref_logp, exact_rewards(pl_module, data.task), grid)
         mean, worst = gap.mean().item(), gap.min().item()
-        self._closed_gap = {"mean": mean, "min": worst}
+        for row, value in zip(judged.nonzero().flatten().tolist(), gap.tolist(), strict=True):
+            points[row] = value
+        self._closed_gap = {"mean": mean, "min": worst, "points": points}
         pl_module.log(f"{stage}/closed_gap", mean, prog_bar=True)
         pl_module.log(f"{stage}/closed_gap_min", worst)

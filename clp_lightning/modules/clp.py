@@ -23,11 +23,14 @@ from ..rewards import Reward, RewardBank, Scores
 from ..rewards.base import Unavailable
 from ..types import PromptBatch, Rollout
 from .base import PolicyModule
+from .cost import Cost
 from .statistics import fit_statistics
 from .sweep import FrontSweep
 from .tally import Tally, count_responses
 
 __all__ = ["CLPModule", "TrainingDiverged"]
+
+_COST_KEY = "clp_lightning_cost"
 
 
 class TrainingDiverged(RuntimeError):
@@ -135,6 +138,7 @@ class CLPModule(FrontSweep, PolicyModule):
         self.sampling = Sampling(max_new_tokens, temperature, seed=self.seed)
         self.sampling.check_on_policy()
         self.tally = Tally()
+        self.cost = Cost()
         self._generated: Rollout | None = None
 
     # -- building ---------------------------------------------------------------------------
@@ -160,12 +164,17 @@ class CLPModule(FrontSweep, PolicyModule):
 
     def on_fit_start(self) -> None:
         self.tally, self._generated = Tally(), None  # nothing is left of a run that was stopped
+        self.cost.start()
         fit_statistics(self, self.statistics_prompts, self.statistics_samples)
+
+    def on_train_end(self) -> None:
+        self.cost.stop()
 
     # -- the algorithm ----------------------------------------------------------------------
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         rollout = self.rollout(batch)
+        self.cost.count(self.tally, rollout, len(self.rewards.names))
         rollout, scores = self.score(rollout)
         with self.policy.conditioned(rollout.preference):
             logp = self.policy.logprobs(rollout)  # (B, T)
@@ -241,6 +250,7 @@ class CLPModule(FrontSweep, PolicyModule):
         """Once per step, before clipping: rescale to the kept responses, rest the idle copies."""
         step = self.tally.reduce(self.sum_over_ranks)
         self._check(step)
+        self.cost.add_step(step)
         self.scale_gradients(step.pop("nominal"), step.pop("kept"))
         used = [step.pop(f"used/{i}") > 0 for i in range(len(self.rewards.names) + 1)]
         self.policy.conditioner.drop_idle_gradients(torch.tensor(used))
@@ -301,6 +311,14 @@ class CLPModule(FrontSweep, PolicyModule):
     def kept_state(self) -> Iterator[str]:
         yield from super().kept_state()
         yield from (f"rewards.{name}" for name, _ in self.rewards.named_buffers())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_COST_KEY] = self.cost.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.cost.load_state_dict(checkpoint.get(_COST_KEY))
 
     def last_checkpoint(self) -> str | None:
         """Where the newest checkpoint of this run lies."""

@@ -14,6 +14,7 @@ from ..functional.kl import log_ratio
 from ..functional.logprobs import masked_sum
 from ..metrics import Front, FrontReport, Grid
 from ..types import Preference, PromptBatch, Rollout
+from .cost import Cost
 from .statistics import EVALUATION_EPOCH, fit_statistics, uniform_preference
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class FrontSweep(LightningModule):
     rewards: RewardBank
     engine: Engine
     sampling: Sampling
+    cost: Cost
     grid: Grid
     small_grid: Grid
     eval_samples: int
@@ -74,6 +76,20 @@ class FrontSweep(LightningModule):
         """Under which decoding fronts are measured."""
         return self.sampling.to_dict()
 
+    def cost_report(self) -> dict[str, float | None]:
+        """What training has cost so far, and what an answer takes; None is unknown.
+
+        See ``Cost``, and: trained_parameters; models, networks in memory (a base with all its
+        deltas is one); forwards, policies that are run for every token.
+        """
+        trained = self.policy.trained_parameters().values()
+        return {
+            **self.cost.to_dict(),
+            "trained_parameters": sum(parameter.numel() for parameter in trained),
+            "models": 1,
+            "forwards": self.engine.forwards(self.policy, len(self.rewards.names)),
+        }
+
     @property
     def eval_preferences(self) -> Preference:
         """The grid in use, G rows."""
@@ -82,6 +98,13 @@ class FrontSweep(LightningModule):
         return grid.preferences(self.rewards.names)
 
     # -- hooks --------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        self.cost.stop()
+
+    def on_validation_end(self) -> None:
+        if self.trainer.state.fn == "fit":
+            self.cost.start()
 
     def on_validation_epoch_start(self) -> None:
         fit_statistics(self, self.statistics_prompts, self.statistics_samples)  # type: ignore[arg-type]

@@ -46,6 +46,10 @@ class Engine(Described, ABC):
             B = P * n rows; the responses of a prompt stand side by side.
         """
 
+    def forwards(self, policy: Policy, num_rewards: int) -> int:
+        """How many policies are run for every token of a response."""
+        return 1
+
 
 class TransformersEngine(Engine):
     """A sampling loop over the model's own forward and cache.
@@ -65,6 +69,11 @@ class TransformersEngine(Engine):
             voice in the distribution that is sampled from, shape (P, v); None for one voice.
         """
         return preference, None
+
+    def forwards(self, policy: Policy, num_rewards: int) -> int:
+        anything = Preference.single([1 / num_rewards] * num_rewards, 0.5)
+        voices, _ = self.voices(policy, anything.to(policy.model.device))
+        return len(voices)
 
     @torch.no_grad()
     def generate(self, policy: Policy, batch: PromptBatch, n: int, sampling: Sampling) -> Rollout:

@@ -39,6 +39,9 @@ class Module(pl.LightningModule):
         self.full_grid = False
         self.seen: list[tuple[bool, int]] = []
 
+    def cost_report(self) -> dict[str, Any]:
+        return {"optimizer_steps": 4}
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return (self.weight * batch.float()).mean()
 
@@ -120,7 +123,7 @@ def test_fit_measures_small_grids_then_the_full_one_and_prints_once(
     front = json.loads((folder / "front.json").read_text())
     assert list(front)[:4] == ["schema", "seed", "decoding", "rewards"]
     assert (front["seed"], front["decoding"]) == (11, {"temperature": 1.0})
-    assert len(front["points"]) == 10
+    assert len(front["points"]) == 10 and front["cost"] == {"optimizer_steps": 4}
     assert "closed_gap" not in front["metrics"]
 
     # self.log works inside the sweep, and reaches the logger at the last step.

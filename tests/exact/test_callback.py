@@ -71,6 +71,8 @@ def test_training_closes_some_of_the_gap(
     trainer = make_trainer(tmp_path, max_steps=20, num_sanity_val_steps=0)
     trainer.validate(module, data, verbose=False)
     before = json.loads((tmp_path / "front.json").read_text())["metrics"]["closed_gap"]
+    points = before.pop("points")
+    assert points[:3] == pytest.approx([0, 0, 0], abs=1e-6) and points[3:] == [None] * 3
     assert before == pytest.approx({"mean": 0, "min": 0}, abs=1e-6)
     assert trainer.callback_metrics["val/closed_gap"] == pytest.approx(0, abs=1e-6)
 
@@ -92,6 +94,7 @@ def test_training_closes_some_of_the_gap(
     )
     gap = closed_gap(logp, ref_logp, rewards, grid)
     assert after["mean"] == pytest.approx(gap.mean().item(), abs=1e-5)
+    assert after["points"] == [*map(pytest.approx, gap.tolist()), None, None, None]
     assert (optimum(ref_logp, rewards, grid)[0].mean(-1) > 1).all()
 
 
@@ -119,7 +122,7 @@ def test_gap_is_null_where_no_alpha_can_be_judged(
     assert "test/closed_gap" not in numbers
     assert not math.isnan(numbers["test/value"])
     front = json.loads((tmp_path / "front.json").read_text())
-    assert front["metrics"]["closed_gap"] == {"mean": None, "min": None}
+    assert front["metrics"]["closed_gap"] == {"mean": None, "min": None, "points": [None, None]}
 
 
 def test_other_data_is_refused(base_folder: Callable[[ExactTask], Path], tmp_path: Path) -> None:
