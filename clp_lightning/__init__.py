@@ -60,6 +60,7 @@ _HOME = {
     "Scaled": "conditioning",
     "SupervisedModule": "modules",
     "SoftPrompt": "conditioning",
+    "SteerablePolicy": "steerable",
     "Support": "rewards",
     "TrainingDiverged": "modules",
     "TransformersEngine": "policy",

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
-__all__ = ["Described", "check_choice", "describe", "import_path", "load_object"]
+__all__ = ["Described", "check_choice", "describe", "import_path", "load_object", "rebuild"]
 
 
 class Described:
@@ -132,3 +132,42 @@ def describe(value: Any) -> Any:
         f"{value!r} ({type(value).__name__}) cannot be described as plain data; derive its class "
         "from clp_lightning.Described."
     )
+
+
+def rebuild(description: Any, kind: type) -> Any:
+    """The object that ``describe`` described.
+
+    Args:
+        description: ``{class_path, init_args}``; objects among the arguments likewise.
+        kind: What it must be. Nothing is called but classes of this kind and, among the
+            arguments, classes derived from ``Described``: a file from a stranger cannot name
+            other code.
+
+    Raises:
+        ValueError: it is not such a description.
+
+    Example:
+        >>> rebuild({"class_path": "clp_lightning.Scaled", "init_args": {}}, Described)
+        Scaled()
+    """
+    if not _is_description(description):
+        raise ValueError(f"{description!r} does not describe a {kind.__name__} by its class_path.")
+    found = load_object(description["class_path"])
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise ValueError(f"'{description['class_path']}' is not a {kind.__name__}.")
+    arguments = description.get("init_args") or {}
+    return found(**{name: _rebuild_argument(value) for name, value in arguments.items()})
+
+
+def _rebuild_argument(value: Any) -> Any:
+    if _is_description(value):
+        return rebuild(value, Described)
+    if isinstance(value, Mapping):
+        return {key: _rebuild_argument(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rebuild_argument(item) for item in value]
+    return value
+
+
+def _is_description(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("class_path"), str)

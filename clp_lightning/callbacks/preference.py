@@ -112,6 +112,11 @@ class AlphaSampler(Described, ABC):
             generator: Where chance comes from.
         """
 
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Least and largest alpha of a run; None where a subclass does not say."""
+        return None
+
 
 class FixedAlpha(AlphaSampler):
     """The same alpha always. A small one makes the corners stick early: see AnnealedAlpha.
@@ -125,6 +130,10 @@ class FixedAlpha(AlphaSampler):
 
     def sample(self, progress: float, generator: Generator) -> float:
         return self.alpha
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.alpha, self.alpha
 
 
 class AnnealedAlpha(AlphaSampler):
@@ -151,6 +160,10 @@ class AnnealedAlpha(AlphaSampler):
         share = min(1.0, progress / self.until)
         return self.start + share * (self.end - self.start)
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return min(self.start, self.end), max(self.start, self.end)
+
 
 class UniformAlpha(AlphaSampler):
     """Uniform in [low, high].
@@ -168,6 +181,10 @@ class UniformAlpha(AlphaSampler):
     def sample(self, progress: float, generator: Generator) -> float:
         share = float(torch.rand((), generator=generator, dtype=torch.float64))
         return self.low + share * (self.high - self.low)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.low, self.high
 
 
 class LogUniformAlpha(UniformAlpha):
@@ -211,6 +228,11 @@ class CLPCallback(Callback, Described):
         self.weights = weights or Dirichlet()
         self.alpha = alpha or AnnealedAlpha()
         self.per = check_choice("per", per, [None, "prompt", "batch", "step"])
+
+    @property
+    def alpha_range(self) -> tuple[float, float] | None:
+        """Least and largest alpha that a run trains; written into its checkpoints."""
+        return self.alpha.bounds
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # A wrong name or number of weights is an error before the model is loaded.

@@ -15,6 +15,8 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..types import Preference
+from .adapter import Factors
 from .base import Coefficients, Conditioner
 from .targets import PRESETS, check_preset, select_layers
 
@@ -82,6 +84,11 @@ class LoRA(Conditioner):
         if unknown:
             raise ValueError(
                 f"start_from names {unknown}, which are not among the rewards {list(names)}."
+            )
+        if SHARED in names and (self.shared_rank or SHARED in self.start_from):
+            raise ValueError(
+                f"A reward cannot be called '{SHARED}' beside the adapter of that name: rename it, "
+                "or set shared_rank=0."
             )
         model.requires_grad_(False)
         self.coefficients.build(len(names), seed)
@@ -182,6 +189,40 @@ class LoRA(Conditioner):
             for factors in (layer.lora_A, layer.lora_B)
             if adapter in factors
         ]
+
+    @torch.no_grad()
+    def adapters(self) -> dict[str, dict[str, Factors]]:
+        """Every adapter by its reward's name (or ``shared``): its factors by layer."""
+        return {
+            adapter.removeprefix("reward_"): {
+                name: Factors(
+                    layer.lora_A[adapter].weight,
+                    layer.lora_B[adapter].weight,
+                    layer.scaling[adapter],
+                )
+                for name, layer in self._layers.items()
+                if adapter in layer.lora_A
+            }
+            for adapter in self._adapters
+        }
+
+    @torch.no_grad()
+    def concatenated(self, preference: Preference) -> dict[str, Factors]:
+        """One adapter that does what all do together at one preference, exactly.
+
+        The factors are stacked in the rank dimension, coefficients and scales in the upward ones;
+        layers with fewer adapters are filled up with zeros, because servers want one rank.
+        """
+        if len(preference) != 1:
+            raise ValueError(f"An adapter is for one preference; got {len(preference)} rows.")
+        coefficients = self.coefficients(preference)[0]
+        found: dict[str, Factors] = {}
+        for name, layer in self._layers.items():
+            down, up = self._stack(layer)
+            up = up * coefficients[self._columns(layer).to(up.device)].to(up)
+            found[name] = Factors(down, up, 1.0)
+        rank = max(len(factors.down) for factors in found.values())
+        return {name: factors.padded(rank) for name, factors in found.items()}
 
     @torch.no_grad()
     def delta(self, layer: Layer, coefficients: Tensor) -> Tensor:

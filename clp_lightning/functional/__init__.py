@@ -12,7 +12,7 @@ from .pareto import (
     non_dominated,
     spearman,
 )
-from .simplex import check_alpha, check_weights, sample_weights, simplex_grid
+from .simplex import check_alpha, check_weights, parse_weights, sample_weights, simplex_grid
 from .steering import (
     consistency,
     cross_fitted_envy,
@@ -44,6 +44,7 @@ __all__ = [
     "mean_inner_product",
     "non_dominated",
     "objective",
+    "parse_weights",
     "policy_gradient_loss",
     "predicted_gain",
     "sample_weights",

@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["check_alpha", "check_weights", "sample_weights", "simplex_grid"]
+__all__ = ["check_alpha", "check_weights", "parse_weights", "sample_weights", "simplex_grid"]
 
 
 def sample_weights(
@@ -120,6 +120,32 @@ def check_weights(weights: Mapping[str, float], names: Sequence[str]) -> Tensor:
         raise ValueError(f"The weights {dict(weights)} must sum to 1, they sum to {total:g}.")
     row = torch.tensor([weights[name] for name in names], dtype=torch.float64)
     return (row / row.sum()).float()
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """The weights of ``a=.7,b=.3``, as they are written on a command line.
+
+    Raises:
+        ValueError: it is not written like that, or names a reward twice.
+
+    Example:
+        >>> parse_weights("support=.7, brevity=.3")
+        {'support': 0.7, 'brevity': 0.3}
+    """
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = (piece.strip() for piece in part.partition("="))
+        try:
+            value = float(number)
+        except ValueError:
+            raise ValueError(
+                f"'{text}' are no weights; write name=number for every reward, with commas: "
+                "support=.7,brevity=.3"
+            ) from None
+        if name in weights:
+            raise ValueError(f"'{text}' gives the weight of '{name}' twice.")
+        weights[name] = value
+    return weights
 
 
 def check_alpha(alpha: float) -> float:

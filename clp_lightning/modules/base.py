@@ -179,7 +179,21 @@ class PolicyModule(Described, LightningModule):
         checkpoint["state_dict"] = {
             name: value for name, value in checkpoint["state_dict"].items() if name in kept
         }
-        checkpoint[_CHECKPOINT_KEY] = self.identity()
+        checkpoint[_CHECKPOINT_KEY] = {**self.identity(), "policy": self.described_policy()}
+
+    def described_policy(self) -> dict[str, Any]:
+        """What rebuilds the policy without this module, as plain data."""
+        policy, trainer = self.policy, self._trainer
+        callbacks: Any = getattr(trainer, "callbacks", [])  # which Lightning does not declare
+        ranges = [getattr(callback, "alpha_range", None) for callback in callbacks]
+        return {
+            "pretrained": describe(policy.pretrained),
+            "conditioner": describe(policy.conditioner),
+            "encoding": describe(policy.encoding)["init_args"],
+            "temperature": policy.temperature,
+            "max_new_tokens": getattr(getattr(self, "sampling", None), "max_new_tokens", None),
+            "alpha_range": next((list(found) for found in ranges if found is not None), None),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another base, other rewards or other trained tensors.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
 
@@ -57,7 +58,13 @@ class TransformersEngine(Engine):
     Each prompt is computed once and its cache repeated over the n responses. Token t of response
     (prompt id, sample) depends on the policy and on its own uniform number only, not on the rest
     of the batch, the rank, or what was drawn before.
+
+    Attributes:
+        on_tokens: Called at every step with the rows that grew and their tokens, shape (R,) each;
+            for showing responses as they come.
     """
+
+    on_tokens: Callable[[Tensor, Tensor], None] | None = None
 
     def voices(self, policy: Policy, preference: Preference) -> tuple[Preference, Tensor | None]:
         """Who speaks for each preference: the policy under it, and nobody else.
@@ -109,6 +116,7 @@ class TransformersEngine(Engine):
                         uniform[mine],
                         sampling,
                         share,
+                        mine.nonzero().squeeze(-1),
                     )
                 response_ids[mine, : ids.shape[1]] = ids
                 mask[mine, : ids.shape[1]] = part
@@ -146,8 +154,12 @@ class TransformersEngine(Engine):
         uniform: Tensor,
         sampling: Sampling,
         share: Tensor | None,
+        number: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens, mask and log-probabilities, shape (B, T), and which rows met a stop token."""
+        """Tokens, mask and log-probabilities, shape (B, T), and which rows met a stop token.
+
+        ``number`` says which responses of the rollout these are, shape (B,).
+        """
         stop = torch.tensor(policy.stop_ids, device=rows.device, dtype=torch.long)
         v = 1 if share is None else share.shape[1]
         spoken = torch.arange(len(input_ids) * v, device=rows.device)  # a row per prompt and voice
@@ -175,6 +187,8 @@ class TransformersEngine(Engine):
                 mask[running, step] = open_
                 tokens[running, step] = token.where(open_, tokens[running, step])
                 logps[running, step] = logp.where(open_, 0.0)
+                if self.on_tokens is not None:
+                    self.on_tokens(number[running][open_], token[open_])
                 finished[running] |= torch.isin(token, stop)
                 left = (~finished[running]).nonzero().squeeze(-1)
                 if not len(left) or step + 1 == sampling.max_new_tokens:

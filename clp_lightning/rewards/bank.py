@@ -18,7 +18,17 @@ from ..types import Rollout
 from .base import Function, Reward, RewardError
 from .calling import Problem, Samples, start
 
-__all__ = ["RewardBank", "Scores"]
+__all__ = ["RewardBank", "Scores", "check_reward_name"]
+
+
+def check_reward_name(name: object) -> None:
+    """Refuses what could not be part of a metric's, a module's or a folder's name.
+
+    Raises:
+        ValueError: says what a name may consist of.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"{name!r} cannot be the name of a reward: use letters, digits, _ and -.")
 
 
 @dataclass
@@ -81,10 +91,7 @@ class RewardBank(nn.Module):
         if not rewards:
             raise ValueError("There is no reward; name at least one.")
         for name in rewards:
-            if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
-                raise ValueError(
-                    f"{name!r} cannot be the name of a reward: use letters, digits, _ and -."
-                )
+            check_reward_name(name)
         if on_error not in ("raise", "drop"):
             raise ValueError(f"on_error is 'raise' or 'drop', not '{on_error}'.")
         # A plain dict: heads are frozen and stay out of parameters, state and train().

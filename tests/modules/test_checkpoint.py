@@ -59,7 +59,11 @@ def test_it_holds_what_was_trained_and_nothing_frozen(
     shapes = sorted(tuple(state["exp_avg"].shape) for state in optimizer["state"].values())
     assert shapes == sorted(tuple(checkpoint["state_dict"][name].shape) for name in trained)
 
-    assert checkpoint["clp_lightning"] == {
+    identity = checkpoint["clp_lightning"]
+    described = identity.pop("policy")  # what SteerablePolicy reads
+    assert described["conditioner"]["init_args"] == {"rank": 2, "shared_rank": 2}
+    assert (described["max_new_tokens"], described["alpha_range"]) == (5, [0.1, 0.6])
+    assert identity == {
         "base": {
             "name": str(tiny_folder()),
             "revision": None,

@@ -1,0 +1,72 @@
+"""Reads what a training run left, without a Trainer and without its rewards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import checkpoint_file
+from ..pretrained import as_pretrained
+from .trained import Trained
+
+__all__ = ["read_checkpoint", "run_folder"]
+
+
+def run_folder(run: str | Path) -> Path:
+    """The folder of the run that a checkpoint or run folder belongs to."""
+    file = checkpoint_file(run)
+    return file.parent.parent if file.parent.name == "checkpoints" else file.parent
+
+
+def read_checkpoint(run: str | Path) -> Trained:
+    """What ``run`` trained: a run folder, or a .ckpt file.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: it is not one of a policy with a dial.
+    """
+    file = checkpoint_file(run)
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    identity = checkpoint.get("clp_lightning")
+    if identity is None:
+        raise ValueError(f"{file} was not written by clp_lightning; give one of a CLP run.")
+    if not identity.get("rewards"):
+        raise ValueError(f"{file} holds no policy with a dial: it was trained without rewards.")
+    settings = identity.get("policy") or _older(checkpoint["hyper_parameters"])
+    names = list(identity["rewards"])
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    front = run_folder(run) / "front.json"
+    return Trained(
+        pretrained=as_pretrained(settings["pretrained"]),
+        fingerprint=identity["base"]["fingerprint"],
+        conditioner=settings["conditioner"],
+        encoding=settings["encoding"],
+        temperature=settings["temperature"],
+        max_new_tokens=settings["max_new_tokens"],
+        rewards=names,
+        statistics=_statistics(state, names),
+        alpha_range=settings["alpha_range"],
+        front=json.loads(front.read_text()) if front.is_file() else None,
+        state={
+            name.removeprefix("policy."): value
+            for name, value in state.items()
+            if name.startswith("policy.")
+        },
+    )
+
+
+def _older(settings: dict[str, Any]) -> dict[str, Any]:
+    """From a module's settings: checkpoints did not always describe their policy."""
+    encoding = ("max_prompt_tokens", "on_long", "chat_template_kwargs")
+    return settings | {"encoding": {name: settings[name] for name in encoding}, "alpha_range": None}
+
+
+def _statistics(state: dict[str, Tensor], names: list[str]) -> dict[str, list[float]] | None:
+    if not bool(state.get("rewards.fitted", False)):
+        return None
+    pairs: list[Any] = torch.stack([state["rewards.mean"], state["rewards.std"]], 1).tolist()
+    return dict(zip(names, pairs, strict=True))
