@@ -155,6 +155,7 @@ class Rollout:
         logp: The sampler's own log-probabilities, shape (B, T), or None.
         reference_input_ids: The plain prompt where the policy's was rewritten (prompt-CLP).
         reference_prompt_mask: Its mask.
+        predicted: What a critic expects of the K rewards and the KL, shape (B, K + 1), or None.
     """
 
     prompts: list[Prompt]
@@ -172,6 +173,7 @@ class Rollout:
     logp: Tensor | None = None
     reference_input_ids: Tensor | None = None
     reference_prompt_mask: Tensor | None = None
+    predicted: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -5,6 +5,7 @@ from .callback import ExactFrontCallback, exact_rewards
 from .data import ExactDataModule
 from .evaluate import enumeration_rollout, exact_gradient, exact_logp, exact_reference_logp
 from .optimum import MAX_ALPHA, closed_gap, exact_value, optimum
+from .prompt import ExactPromptText
 from .rewards import ExactReward
 from .task import ExactTask
 
@@ -12,6 +13,7 @@ __all__ = [
     "MAX_ALPHA",
     "ExactDataModule",
     "ExactFrontCallback",
+    "ExactPromptText",
     "ExactReward",
     "ExactTask",
     "build_base",

@@ -23,6 +23,7 @@ __all__ = ["build_base", "task_tokenizer", "train_base"]
 MARKER = "task.json"
 HIDDEN, LAYERS, HEADS = 64, 2, 4
 NUM_STEPS, BATCH_SIZE, LR = 400, 64, 3e-3
+MAX_PREFIX = 16  # tokens that prompt-CLP may write before a context
 SAMPLES = 3  # purpose of the random stream, beside those of task.py
 
 
@@ -49,7 +50,7 @@ def train_base(task: ExactTask) -> LlamaForCausalLM:
         intermediate_size=2 * HIDDEN,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
-        max_position_embeddings=task.contexts.shape[1] + task.length,
+        max_position_embeddings=MAX_PREFIX + task.contexts.shape[1] + task.length,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=task.stop_id,

@@ -1,8 +1,8 @@
 """Tensors in, tensors out: no state, no Lightning."""
 
 from .advantage import leave_one_out
-from .kl import k3, kl_to_go, log_ratio
-from .logprobs import masked_sum, token_logprobs
+from .kl import k3, kl_to_go, log_ratio, vocabulary_kl
+from .logprobs import log_distribution, masked_sum, token_logprobs
 from .loss import policy_gradient_loss
 from .objective import objective, scalarize
 from .pareto import (
@@ -39,6 +39,7 @@ __all__ = [
     "k3",
     "kl_to_go",
     "leave_one_out",
+    "log_distribution",
     "log_ratio",
     "masked_sum",
     "mean_inner_product",
@@ -54,4 +55,5 @@ __all__ = [
     "steering_gain",
     "token_logprobs",
     "value_matrix",
+    "vocabulary_kl",
 ]

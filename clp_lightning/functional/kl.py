@@ -1,11 +1,11 @@
-"""The log-ratio of policy to reference, and what is left of it to go."""
+"""The KL of policy to reference: sampled or over the vocabulary, and what is left of it to go."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["k3", "kl_to_go", "log_ratio"]
+__all__ = ["k3", "kl_to_go", "log_ratio", "vocabulary_kl"]
 
 
 def log_ratio(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -27,6 +27,30 @@ def log_ratio(logp: Tensor, ref_logp: Tensor) -> Tensor:
         tensor([[1.]])
     """
     return logp - ref_logp
+
+
+def vocabulary_kl(logd: Tensor, ref_logd: Tensor) -> Tensor:
+    """KL(policy || reference) of the next token, given what stands before it, in nats.
+
+    Summed over a sampled response, its mean is that of the log-ratios, with less noise: only the
+    prefix is sampled, not the token. Its gradient is the token's own part of the KL's gradient;
+    the rest is score function times the KL of *later* tokens (DESIGN.md section 3).
+
+    Args:
+        logd: Log-probability of every token under the policy, shape (B, T, V).
+        ref_logd: The same under the reference, shape (B, T, V).
+
+    Returns:
+        Shape (B, T), not negative.
+
+    Example:
+        >>> policy, reference = torch.tensor([[[0.5, 0.5]], [[0.9, 0.1]]]).log()
+        >>> vocabulary_kl(policy[None], reference[None])
+        tensor([[0.5108]])
+    """
+    # A token that the policy cannot take counts 0, whatever its log-ratio.
+    ratio = (logd - ref_logd).masked_fill(logd == -torch.inf, 0)
+    return (logd.exp() * ratio).sum(-1)
 
 
 def kl_to_go(log_ratio: Tensor, response_mask: Tensor) -> Tensor:

@@ -115,6 +115,7 @@ class PolicyModule(Described, LightningModule):
             ]
             if parameters
         ]
+        groups += self.further_groups()
         optimizer = self.optimizer(groups)
         schedulers: list[Any] = []
         if self.warmup_steps:
@@ -131,6 +132,10 @@ class PolicyModule(Described, LightningModule):
             return optimizer
         both = torch.optim.lr_scheduler.ChainedScheduler(schedulers, optimizer=optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": both, "interval": "step"}}
+
+    def further_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups beside the policy's, as torch takes them."""
+        return []
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Self:
@@ -281,4 +286,5 @@ class PolicyModule(Described, LightningModule):
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Everything that an optimizer holds."""
-        return list(self.policy.trained_parameters().values())
+        further = [p for group in self.further_groups() for p in group["params"]]
+        return [*self.policy.trained_parameters().values(), *further]

@@ -10,11 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from ..conditioning import Conditioner
-from ..described import import_path
-from ..functional.advantage import leave_one_out
-from ..functional.kl import kl_to_go, log_ratio
-from ..functional.loss import policy_gradient_loss
-from ..functional.objective import scalarize
+from ..described import check_choice, import_path
 from ..keyed import resolve_seed
 from ..metrics import Grid
 from ..policy import Encoding, Engine, Policy, Sampling, TransformersEngine
@@ -24,6 +20,8 @@ from ..rewards.base import Unavailable
 from ..types import PromptBatch, Rollout
 from .base import PolicyModule
 from .cost import Cost
+from .critic import Critic
+from .signal import LearningSignal
 from .statistics import fit_statistics
 from .sweep import FrontSweep
 from .tally import Tally, count_responses
@@ -37,7 +35,7 @@ class TrainingDiverged(RuntimeError):
     """The loss is not finite, or the KL passed its bound; the last checkpoint is still good."""
 
 
-class CLPModule(FrontSweep, PolicyModule):
+class CLPModule(LearningSignal, FrontSweep, PolicyModule):
     """Trains one language model to follow any weighting of K rewards and any KL strength.
 
     Each step samples responses under the preferences that ``CLPCallback`` attached, scores them,
@@ -48,14 +46,18 @@ class CLPModule(FrontSweep, PolicyModule):
         pretrained: The base and reference: a hub name, a folder or an installed package.
         conditioner: How (w, alpha) reaches the network.
         rewards: K rewards by name: objects, functions of TRL's signature, or their import paths.
-        samples_per_prompt: Responses that share a prompt and a preference; at least 2, because
-            the baseline of each is the mean of the others.
+        samples_per_prompt: Responses that share a prompt and a preference; at least 2 without a
+            critic, because the baseline of each is the mean of the others.
         max_new_tokens: Limit of a response, in tokens.
         temperature: Sampling temperature of policy and reference alike.
         rollout_batches: Training batches whose responses are sampled at once.
         max_prompt_tokens: Limit of a prompt, in tokens.
         on_long: What happens to a prompt over the limit.
         chat_template_kwargs: Passed to the model's chat template.
+        kl: How the return measures the KL of a token: ``sampled`` is its log-ratio, ``vocabulary``
+            the KL over all tokens that could have come; the same expectation with less noise, and
+            B x T x V numbers several times over.
+        critic: Baseline by a learned critic; leave-one-out if None.
         truncation_penalty: Taken off every normalised reward of a response that was cut at the
             limit, in training only.
         statistics_prompts: Prompts whose reference responses fix the rewards' mean and deviation
@@ -92,6 +94,8 @@ class CLPModule(FrontSweep, PolicyModule):
         max_prompt_tokens: int = 512,
         on_long: Literal["truncate", "error"] = "truncate",
         chat_template_kwargs: dict[str, Any] | None = None,
+        kl: Literal["sampled", "vocabulary"] = "sampled",
+        critic: Critic | None = None,
         truncation_penalty: float = 0.0,
         statistics_prompts: int = 256,
         statistics_samples: int = 4,
@@ -117,14 +121,18 @@ class CLPModule(FrontSweep, PolicyModule):
         encoding = Encoding(max_prompt_tokens, on_long, chat_template_kwargs)
         policy = Policy(pretrained, conditioner, encoding, temperature, gradient_checkpointing)
         super().__init__(policy, lr, lr_shared, weight_decay, warmup_steps, optimizer, lr_scheduler)
-        if samples_per_prompt < 2:
+        least = 2 if critic is None else 1
+        if samples_per_prompt < least:
             raise ValueError(
-                f"samples_per_prompt is {samples_per_prompt}; the leave-one-out baseline of a "
-                "response is the mean of its siblings, so it needs at least 2."
+                f"samples_per_prompt is {samples_per_prompt}; it must be at least {least}. The "
+                "leave-one-out baseline of a response is the mean of its siblings; a single "
+                "response needs a critic: critic=Critic()."
             )
         if rollout_batches < 1:
             raise ValueError(f"rollout_batches must be at least 1; got {rollout_batches}.")
         self.rewards = RewardBank(rewards, std_floor=std_floor, on_error=on_reward_error)
+        self.kl = check_choice("kl", kl, ["sampled", "vocabulary"])
+        self.critic = critic
         self.samples_per_prompt = samples_per_prompt
         self.rollout_batches = rollout_batches
         self.truncation_penalty = truncation_penalty
@@ -161,6 +169,9 @@ class CLPModule(FrontSweep, PolicyModule):
 
     def configure_model(self) -> None:
         self.policy.build(self.rewards.names, self.seed)
+        if self.critic is not None:
+            output: Any = self.policy.model.get_output_embeddings()
+            self.critic.build(output.in_features, len(self.rewards.names), self.seed)
 
     def on_fit_start(self) -> None:
         self.tally, self._generated = Tally(), None  # nothing is left of a run that was stopped
@@ -176,19 +187,17 @@ class CLPModule(FrontSweep, PolicyModule):
         rollout = self.rollout(batch)
         self.cost.count(self.tally, rollout, len(self.rewards.names))
         rollout, scores = self.score(rollout)
-        with self.policy.conditioned(rollout.preference):
-            logp = self.policy.logprobs(rollout)  # (B, T)
-        with self.policy.reference():
-            ref_logp = self.policy.logprobs(rollout)  # (B, T)
-        ratio = log_ratio(logp.detach(), ref_logp)
-        signals = self.signals(scores, ratio, rollout)  # (B, T, K + 1)
+        logp, kl = self.measure(rollout)  # (B, T) each
+        signals = self.signals(scores, kl.detach(), rollout)  # (B, T, K + 1)
+        rollout = self.predict(rollout)
         advantage = self.advantage(signals, rollout)  # (B, T)
         nominal = (batch.nominal_size or 1) * self.samples_per_prompt  # alike in all micro-batches
         loss = self.loss(logp, advantage, rollout, num_responses=nominal)
+        loss = loss + self.further_losses(kl, signals, rollout, num_responses=nominal)
         self.tally.count("not_finite", float(not loss.isfinite()))
         self.tally.add("nominal", torch.tensor(nominal))
         self.tally.add("loss", loss)
-        count_responses(self, rollout, scores.raw, ratio, logp)
+        count_responses(self, rollout, scores.raw, kl.detach(), logp)
         return loss
 
     def rollout(self, batch: PromptBatch) -> Rollout:
@@ -215,34 +224,6 @@ class CLPModule(FrontSweep, PolicyModule):
         if scores.kept.all():
             return rollout, scores
         return rollout.select(scores.kept), scores.select(scores.kept)
-
-    def signals(self, scores: Scores, ratio: Tensor, rollout: Rollout) -> Tensor:
-        """What each token is held to account for, shape (B, T, K + 1).
-
-        The normalised rewards of its response, and the KL from it to the end; NaN where a reward
-        did not score.
-        """
-        rewards = self.rewards.normalize(scores.raw).to(ratio)  # (B, K)
-        if self.truncation_penalty:
-            rewards = rewards - self.truncation_penalty * rollout.truncated.to(ratio)[:, None]
-        per_token = rewards.unsqueeze(1).expand(-1, ratio.shape[1], -1)
-        to_go = kl_to_go(ratio, rollout.response_mask)
-        return torch.cat([per_token, to_go.unsqueeze(-1)], dim=-1)
-
-    def advantage(self, signals: Tensor, rollout: Rollout) -> Tensor:
-        """Each signal less the mean of the siblings', then weighted by w and alpha, (B, T)."""
-        centred = leave_one_out(signals, groups=rollout.groups)
-        return scalarize(centred, preference=rollout.preference)
-
-    def loss(
-        self, logp: Tensor, advantage: Tensor, rollout: Rollout, *, num_responses: float
-    ) -> Tensor:
-        """Its gradient is minus an unbiased estimate of V's."""
-        if not len(rollout):  # every sample was dropped; the graph must stay whole for DDP
-            return torch.stack([p.sum() for p in self.own_parameters()]).sum() * 0
-        return policy_gradient_loss(
-            logp, advantage, rollout.response_mask, num_responses=num_responses
-        )
 
     # -- one optimizer step -----------------------------------------------------------------
 
@@ -273,10 +254,17 @@ class CLPModule(FrontSweep, PolicyModule):
             )
 
     def _log_step(self, step: dict[str, float], grad_norm: float) -> None:
+        """Every number when loggers write, and in short runs; else what the progress bar shows.
+
+        Lightning's bookkeeping costs as much per number as a small layer of a network.
+        """
         shown = {"value"} | {f"reward/{name}" for name in self.rewards.names}
         reported = {f"reported/{name}": value for name, value in self.rewards.metrics.items()}
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        written = self.global_step < 10 or (every and (self.global_step + 1) % every == 0)
         for name, value in {**step, **reported, "grad_norm": grad_norm}.items():
-            self.log(f"train/{name}", value, prog_bar=name in shown)
+            if written or name in shown:
+                self.log(f"train/{name}", value, prog_bar=name in shown)
 
     # -- state ------------------------------------------------------------------------------
 
@@ -310,6 +298,8 @@ class CLPModule(FrontSweep, PolicyModule):
 
     def kept_state(self) -> Iterator[str]:
         yield from super().kept_state()
+        if self.critic is not None:
+            yield from (f"critic.{name}" for name, _ in self.critic.named_parameters())
         yield from (f"rewards.{name}" for name, _ in self.rewards.named_buffers())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -319,6 +309,13 @@ class CLPModule(FrontSweep, PolicyModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.cost.load_state_dict(checkpoint.get(_COST_KEY))
+
+    def further_groups(self) -> list[dict[str, Any]]:
+        if self.critic is None:
+            return []
+        parameters = list(self.critic.parameters())
+        group = {"params": parameters, "lr": self.critic.lr, "weight_decay": 0.0, "name": "critic"}
+        return [group]
 
     def last_checkpoint(self) -> str | None:
         """Where the newest checkpoint of this run lies."""

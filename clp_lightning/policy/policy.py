@@ -12,11 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import pretrained as pretrained_models
 from ..conditioning import Conditioner
+from ..functional.logprobs import log_distribution, token_logprobs
 from ..pretrained import Pretrained
 from ..types import Preference, Prompt, Rollout
 from .encoding import Encoding, pad
 from .linear import speed_up_frozen_linears
-from .scoring import score_full, score_shared
+from .prefix import read_prompt
+from .scoring import Readout, first_of_group, score_full, score_shared
 
 __all__ = ["Policy"]
 
@@ -162,6 +164,38 @@ class Policy(nn.Module):
         """
         if not len(rollout):  # every response was dropped
             return torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
+        return self._score(rollout, lambda z, ids: token_logprobs(z, ids, self.temperature))
+
+    def log_distributions(self, rollout: Rollout) -> Tensor:
+        """Log-probabilities of the whole vocabulary at every position, shape (B, T, V).
+
+        Large: 4 bytes x B x T x V, several times over in training.
+        """
+        if not len(rollout):
+            shape = (*rollout.response_ids.shape, 1)  # of no row
+            return torch.zeros(shape, device=rollout.response_ids.device)
+        return self._score(rollout, lambda z, ids: log_distribution(z, self.temperature))
+
+    @torch.no_grad()
+    def prompt_states(self, rollout: Rollout) -> Tensor:
+        """What the reference's output layer reads at the end of each prompt, shape (B, d)."""
+        ids, mask = rollout.input_ids, rollout.prompt_mask
+        if rollout.reference_input_ids is not None:
+            assert rollout.reference_prompt_mask is not None
+            ids, mask = rollout.reference_input_ids, rollout.reference_prompt_mask
+        groups = rollout.prompt_ids.unique(return_inverse=True)[1].to(ids.device)
+        first = first_of_group(groups)
+        seen: list[Tensor] = []
+        output: nn.Module = self.model.get_output_embeddings()
+        hook = output.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1]))
+        try:
+            with self.reference(), self.eval_mode(), self.rows(first):
+                read_prompt(self.model, ids[first], mask[first])
+        finally:
+            hook.remove()
+        return seen[0][groups]
+
+    def _score(self, rollout: Rollout, readout: Readout) -> Tensor:
         ids, mask, groups = rollout.input_ids, rollout.prompt_mask, rollout.groups
         if self.is_reference:  # it reads a prompt once, whatever the preferences
             groups = rollout.prompt_ids.unique(return_inverse=True)[1].to(ids.device)
@@ -178,7 +212,7 @@ class Policy(nn.Module):
                 rollout.response_ids,
                 groups,
                 self.rows,
-                self.temperature,
+                readout,
             )
 
     @contextmanager

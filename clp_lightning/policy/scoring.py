@@ -1,4 +1,4 @@
-"""Log-probabilities of given responses, at response positions only."""
+"""What a model says of given responses, at response positions only."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..functional.logprobs import token_logprobs
 from .prefix import accepted, extend, positions, read_prompt
 
-__all__ = ["first_of_group", "score_full", "score_shared"]
+__all__ = ["Readout", "first_of_group", "score_full", "score_shared"]
 
 Rows = Callable[[Tensor], AbstractContextManager[None]]
 """Opens the preference for a batch whose rows are those of the rollout at an index."""
+Readout = Callable[[Tensor, Tensor], Tensor]
+"""What is wanted of logits (B, t, V) and the tokens (B, t) that followed: shape (B, t, ...)."""
 
 
 def first_of_group(groups: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def score_shared(
     response_ids: Tensor,
     groups: Tensor,
     rows: Rows,
-    temperature: float,
+    readout: Readout,
 ) -> Tensor:
     """Every prompt once, its cache repeated over the responses of its group.
 
@@ -50,21 +51,20 @@ def score_shared(
         response_ids: Shape (B, T).
         groups: Which responses share prompt and preference, shape (B,).
         rows: Opens the preference of the rollout's rows at an index.
-        temperature: The sampling temperature.
+        readout: Turns logits into what is wanted, for example log-probabilities.
 
     Returns:
-        Log-probabilities, float32 or wider, shape (B, T); those behind the end mean nothing.
+        The readout of every position, shape (B, T, ...); those behind the end mean nothing.
     """
     first = first_of_group(groups)
     with rows(first):
         prefix = read_prompt(model, input_ids[first], prompt_mask[first]).select(groups)
-    logits = prefix.logits.unsqueeze(1)
-    logp = token_logprobs(logits, response_ids[:, :1], temperature)
+    head = readout(prefix.logits.unsqueeze(1), response_ids[:, :1])
     if response_ids.shape[1] == 1:
-        return logp
+        return head
     with rows(torch.arange(len(groups), device=groups.device)):
         logits = extend(model, prefix, response_ids[:, :-1])
-    return torch.cat([logp, token_logprobs(logits, response_ids[:, 1:], temperature)], dim=1)
+    return torch.cat([head, readout(logits, response_ids[:, 1:])], dim=1)
 
 
 def score_full(
@@ -74,7 +74,7 @@ def score_full(
     response_ids: Tensor,
     groups: Tensor,
     rows: Rows,
-    temperature: float,
+    readout: Readout,
 ) -> Tensor:
     """The same without any cache: gradient checkpointing turns caches off in train mode.
 
@@ -97,7 +97,7 @@ def score_full(
                 decoder_input_ids=torch.cat([start, response_ids[:, :-1]], dim=1),
                 use_cache=False,
             )
-        return token_logprobs(out.logits, response_ids, temperature)
+        return readout(out.logits, response_ids)
     ids = torch.cat([input_ids, response_ids[:, :-1]], dim=1)
     seen = torch.ones_like(response_ids[:, :-1], dtype=torch.bool)
     mask = torch.cat([prompt_mask, seen], dim=1)
@@ -108,4 +108,4 @@ def score_full(
             use_cache=False,
             **accepted(model, position_ids=positions(mask), logits_to_keep=length),
         )
-    return token_logprobs(out.logits[:, -length:], response_ids, temperature)
+    return readout(out.logits[:, -length:], response_ids)
