@@ -37,10 +37,13 @@ class Mixture(Conditioner):
         tied: What happens to an output layer that is the embedding table: ``keep`` moves both
             ends by one delta, ``split`` gives the output layer a delta of its own. By default
             ``logits`` splits and everything else keeps.
+        mixing: ``auto`` merges in training, which then needs one preference per Lightning batch,
+            and mixes rows for several preferences elsewhere. ``row`` mixes in training too: for
+            small models, where several small batches cost more than the larger products.
+            ``merge`` never mixes rows.
         coefficients: How (w, alpha) mix the deltas; ``Scaled()`` if None.
     """
 
-    one_preference_per_batch = True
     deltas: nn.ModuleList
     shared_delta: nn.ParameterDict
 
@@ -49,6 +52,7 @@ class Mixture(Conditioner):
         targets: str | list[str] = "full",
         rest: Literal["train", "freeze"] = "train",
         tied: Literal["keep", "split"] | None = None,
+        mixing: Literal["auto", "merge", "row"] = "auto",
         coefficients: Coefficients | None = None,
     ) -> None:
         super().__init__(coefficients)
@@ -57,6 +61,8 @@ class Mixture(Conditioner):
         self.rest = check_choice("rest", rest, ["train", "freeze"])
         check_choice("tied", tied, [None, "keep", "split"])
         self.tied = tied or ("split" if targets == "logits" else "keep")
+        self.mixing = check_choice("mixing", mixing, ["auto", "merge", "row"])
+        self.one_preference_per_batch = mixing != "row"
         self._places: list[list[tuple[nn.Module, str]]] = []
         self._merged: dict[Any, list[Tensor]] | None = None
         self._model: Any = None
@@ -205,6 +211,8 @@ class Mixture(Conditioner):
     # -- what others ask ----------------------------------------------------------------------
 
     def why_not_rows(self) -> str | None:
+        if self.mixing == "merge":
+            return "mixing is 'merge'"
         return why_not_rows(dict(zip(self._labels, self._places, strict=False)))
 
     def copies(self) -> list[list[nn.Parameter]]:
