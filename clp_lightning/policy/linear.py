@@ -18,11 +18,15 @@ from torch.nn import functional as F
 
 __all__ = ["speed_up_frozen_linears"]
 
+_WORTH = 2**16  # numbers in a weight; for a smaller product the switch costs more than it saves
+
 
 def speed_up_frozen_linears(model: nn.Module) -> None:
-    """Replaces the forward of every frozen ``nn.Linear``; values change by rounding only."""
+    """Replaces the forward of every large frozen ``nn.Linear``; values change by rounding only."""
     for module in model.modules():
-        if type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters()):
+        if type(module) is not nn.Linear or module.weight.numel() < _WORTH:
+            continue
+        if not any(p.requires_grad for p in module.parameters()):
             module.forward = partial(_forward, module)  # type: ignore[method-assign]
 
 
