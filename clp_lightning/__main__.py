@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 
 HELP = """\
 usage: python -m clp_lightning COMMAND [options]
@@ -15,6 +16,7 @@ commands:
   validate   the front of a run on the validation prompts
   test       the front of a run on the test prompts
   predict    responses under every preference of the grid, to predictions.jsonl
+  export     one preference as a plain Hugging Face folder, or as one PEFT adapter
 
   python -m clp_lightning COMMAND --help      options of a command
   python -m clp_lightning fit --config configs/quickstart.yaml
@@ -22,7 +24,9 @@ commands:
 """
 
 
-COMMANDS = ("fit", "validate", "test", "predict")
+TOOLS = ("export",)
+"""Each is a function in the module of its name; it needs no Trainer."""
+COMMANDS = ("fit", "validate", "test", "predict", *TOOLS)
 
 
 def run(args: list[str] | None = None) -> None:
@@ -38,18 +42,30 @@ def run(args: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    from .cli import main
     from .modules import TrainingDiverged
     from .rewards import RewardError
 
     try:
-        main(args)
+        if given[0] in TOOLS:
+            _run_tool(*given)
+        else:
+            from .cli import main
+
+            main(args)
     except (ValueError, OSError, ModuleNotFoundError, RewardError, TrainingDiverged) as error:
         if os.environ.get("CLP_LIGHTNING_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
         print("(CLP_LIGHTNING_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
         sys.exit(2)
+
+
+def _run_tool(name: str, *args: str) -> None:
+    from jsonargparse import auto_cli
+
+    function = getattr(import_module(f".{name}", __package__), name)
+    prog = f"python -m clp_lightning {name}"
+    auto_cli(function, args=list(args), as_positional=False, prog=prog)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """SteerablePolicy: the trained dial, to load, use, save and share."""
 
+from .card import base_licence
 from .policy import SteerablePolicy
 
-__all__ = ["SteerablePolicy"]
+__all__ = ["SteerablePolicy", "base_licence"]

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from ..pretrained import Pretrained, locate
 from .trained import Trained
 
-__all__ = ["model_card"]
+__all__ = ["PICTURE", "base_licence", "model_card"]
 
 _BODY = """
 # A steerable policy: {rewards}
