@@ -68,7 +68,7 @@ class ExactFrontCallback(FrontCallback):
             self._closed_gap = {"mean": None, "min": None, "points": points}
             return
         grid = grid[judged]
-        logp = exact_logp(pl_module.policy, data.task, grid)
+        logp = exact_logp(pl_module.policy, data.task, grid, pl_module.engine)
         ref_logp = exact_reference_logp(pl_module.policy, data.task)
         gap = closed_gap(logp, ref_logp, exact_rewards(pl_module, data.task), grid)
         mean, worst = gap.mean().item(), gap.min().item()

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..functional.logprobs import masked_sum
+from ..policy import Engine, Policy, TransformersEngine
 from ..types import Preference, Rollout
 from .optimum import exact_value
 from .task import ExactTask
-
-if TYPE_CHECKING:
-    from ..policy import Policy
 
 __all__ = ["enumeration_rollout", "exact_gradient", "exact_logp", "exact_reference_logp"]
 
@@ -62,22 +59,29 @@ def enumeration_rollout(
     )
 
 
-def exact_logp(policy: Policy, task: ExactTask, preference: Preference) -> Tensor:
+def exact_logp(
+    policy: Policy, task: ExactTask, preference: Preference, engine: Engine | None = None
+) -> Tensor:
     """Log-probability of every response under every preference, without gradient.
 
     Args:
         policy: The policy, on any device.
         task: The task that its base belongs to.
         preference: G rows.
+        engine: What answers: ``MOD()``, say; the policy itself if None.
 
     Returns:
         Float64 on the CPU, shape (G, X, S).
     """
+    engine = engine or TransformersEngine()
     points = []
     for row in range(len(preference)):
         point = preference[row : row + 1]
-        points.append([_policy_logp(policy, task, point, x) for x in range(task.num_contexts)])
-    return torch.stack([torch.stack(point) for point in points])
+        for x in range(task.num_contexts):
+            rollout = enumeration_rollout(policy, task, point, [x])
+            logp = engine.logprobs(policy, rollout).double()
+            points.append(masked_sum(logp, rollout.response_mask).cpu())
+    return torch.stack(points).unflatten(0, (len(preference), -1))
 
 
 def exact_reference_logp(policy: Policy, task: ExactTask) -> Tensor:
@@ -104,7 +108,7 @@ def exact_gradient(
     named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p) for name, p in named.items()}
     for x in range(task.num_contexts):
-        logp = _policy_logp(policy, task, preference, x, grad=True)[None, None]
+        logp = _policy_logp(policy, task, preference, x)[None, None]
         ref_logp = _reference_logp(policy, task, x)[None]
         with torch.enable_grad():
             value = exact_value(logp, ref_logp, rewards[x : x + 1], preference).sum()
@@ -116,12 +120,10 @@ def exact_gradient(
     return total
 
 
-def _policy_logp(
-    policy: Policy, task: ExactTask, preference: Preference, context: int, grad: bool = False
-) -> Tensor:
-    """Log-probability of every response of one context, float64 on the CPU, shape (S,)."""
+def _policy_logp(policy: Policy, task: ExactTask, preference: Preference, context: int) -> Tensor:
+    """Log-probability of every response of one context, with gradient, shape (S,)."""
     rollout = enumeration_rollout(policy, task, preference, [context])
-    with torch.set_grad_enabled(grad), policy.conditioned(rollout.preference):
+    with torch.enable_grad(), policy.conditioned(rollout.preference):
         logp = policy.logprobs(rollout)
     return masked_sum(logp.double(), rollout.response_mask).cpu()
 

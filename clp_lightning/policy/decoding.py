@@ -24,6 +24,7 @@ class MOD(TransformersEngine):
     on_policy = False
 
     def voices(self, policy: Policy, preference: Preference) -> tuple[Preference, Tensor | None]:
+        _check_prompts_alike(policy, self)
         k = preference.num_rewards
         corners = torch.eye(k).to(preference.weights).repeat(len(preference), 1)
         return Preference(corners, preference.alpha.repeat_interleave(k)), preference.weights
@@ -48,6 +49,7 @@ class DeRa(TransformersEngine):
         self.alpha_min = alpha_min
 
     def voices(self, policy: Policy, preference: Preference) -> tuple[Preference, Tensor | None]:
+        _check_prompts_alike(policy, self)
         if bool((preference.alpha <= 0).any()):
             raise ValueError("DeRa needs alpha above 0: at 0 the mixture has no limit.")
         reference = torch.ones_like(preference.alpha)
@@ -63,4 +65,13 @@ class DeRa(TransformersEngine):
         return (
             Preference(preference.weights.repeat_interleave(2, 0), both),
             torch.stack([1 - share, share], dim=-1),
+        )
+
+
+def _check_prompts_alike(policy: Policy, engine: TransformersEngine) -> None:
+    if policy.conditioner.rewrites:
+        raise ValueError(
+            f"{type(engine).__name__} mixes policies that read the same prompt, and "
+            f"{type(policy.conditioner).__name__} writes the preference into it; use "
+            "TransformersEngine."
         )

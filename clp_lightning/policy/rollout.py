@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import cache
 
 import torch
@@ -16,8 +15,8 @@ from ..described import Described
 from ..keyed import uniforms
 from ..types import Preference, PromptBatch, Rollout
 from .policy import Policy
-from .prefix import extend, read_prompt
 from .sampling import Sampling, sample_tokens
+from .voices import Voices, mixes_rows
 
 __all__ = ["Engine", "TransformersEngine"]
 
@@ -46,6 +45,15 @@ class Engine(Described, ABC):
         Returns:
             B = P * n rows; the responses of a prompt stand side by side.
         """
+
+    def logprobs(self, policy: Policy, rollout: Rollout) -> Tensor:
+        """Log-probabilities of given responses under what this engine samples from.
+
+        Returns:
+            Shape (B, T), without gradient, tempered and not truncated.
+        """
+        with torch.no_grad(), policy.conditioned(rollout.preference):
+            return policy.logprobs(rollout)
 
     def forwards(self, policy: Policy, num_rewards: int) -> int:
         """How many policies are run for every token of a response."""
@@ -83,6 +91,19 @@ class TransformersEngine(Engine):
         return len(voices)
 
     @torch.no_grad()
+    def logprobs(self, policy: Policy, rollout: Rollout) -> Tensor:
+        voices, share = self.voices(policy, rollout.preference)
+        if share is None:
+            return super().logprobs(policy, rollout)
+        mixed = torch.zeros(())
+        for i, exponent in enumerate(share.unbind(1)):
+            with policy.conditioned(voices[i :: share.shape[1]]):
+                logp = policy.log_distributions(rollout)  # (B, T, V)
+            mixed = mixed.to(logp) + exponent.to(logp)[:, None, None] * logp
+        ids = rollout.response_ids.unsqueeze(-1)
+        return mixed.log_softmax(-1).gather(-1, ids).squeeze(-1)
+
+    @torch.no_grad()
     def generate(self, policy: Policy, batch: PromptBatch, n: int, sampling: Sampling) -> Rollout:
         preference = batch.preference
         if preference is None:
@@ -106,7 +127,9 @@ class TransformersEngine(Engine):
             for asked in _answerable_together(policy, preference):
                 mine = torch.isin(rows, asked)
                 local = torch.searchsorted(asked, rows[mine])
-                voices, share = self.voices(policy, preference[asked])
+                voices, share = preference[asked], None
+                if not policy.is_reference:  # it speaks with one voice
+                    voices, share = self.voices(policy, voices)
                 with policy.answering(voices):
                     ids, part, logps, finished[mine] = self._decode(
                         policy,
@@ -161,27 +184,17 @@ class TransformersEngine(Engine):
         ``number`` says which responses of the rollout these are, shape (B,).
         """
         stop = torch.tensor(policy.stop_ids, device=rows.device, dtype=torch.long)
-        v = 1 if share is None else share.shape[1]
-        spoken = torch.arange(len(input_ids) * v, device=rows.device)  # a row per prompt and voice
-        with policy.rows(spoken):
-            prefix = read_prompt(policy.model, input_ids[spoken // v], prompt_mask[spoken // v])
-            prefix = prefix.select(_voices_of(rows, v))
+        voices = Voices(policy, input_ids, prompt_mask, rows, share)
         shape = (len(rows), sampling.max_new_tokens)
         tokens = torch.full(shape, policy.pad_id, device=rows.device)
         mask = torch.zeros(shape, dtype=torch.bool, device=rows.device)
-        wide = torch.promote_types(prefix.logits.dtype, torch.float32)
+        wide = torch.promote_types(voices.logits().dtype, torch.float32)
         logps = torch.zeros(shape, dtype=wide, device=rows.device)
         finished = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         running = torch.arange(len(rows), device=rows.device)  # responses the model still computes
-        scope = ExitStack()
-        with scope:
-            scope.enter_context(policy.rows(_voices_of(rows, v)))
+        with voices:
             for step in range(sampling.max_new_tokens):
-                logits = prefix.logits
-                if share is not None:  # a geometric mixture: exponents on the log-probabilities
-                    each = logits.log_softmax(-1).unflatten(0, (-1, v))  # (rows, v, V)
-                    logits = (share[rows[running]].to(each).unsqueeze(-1) * each).sum(1)
-                token, logp = sample_tokens(logits, uniform[running, step], sampling)
+                token, logp = sample_tokens(voices.logits(), uniform[running, step], sampling)
                 # The first stop token ends the response and belongs to it; nothing else does.
                 open_ = ~finished[running]
                 mask[running, step] = open_
@@ -194,18 +207,11 @@ class TransformersEngine(Engine):
                 if not len(left) or step + 1 == sampling.max_new_tokens:
                     break
                 if len(left) <= _COMPACT_AT * len(running):
-                    prefix, token = prefix.select(_voices_of(left, v)), token[left]
-                    running = running[left]
-                    scope.close()
-                    scope.enter_context(policy.rows(_voices_of(rows[running], v)))
-                extend(policy.model, prefix, token.repeat_interleave(v).unsqueeze(-1))
+                    voices.select(left)
+                    running, token = running[left], token[left]
+                voices.extend(token)
         length = step + 1
         return tokens[:, :length], mask[:, :length], logps[:, :length], finished
-
-
-def _voices_of(rows: Tensor, v: int) -> Tensor:
-    """Where the v voices of each row stand, side by side."""
-    return (rows.unsqueeze(-1) * v + torch.arange(v, device=rows.device)).flatten()
 
 
 def _answerable_together(policy: Policy, preference: Preference) -> list[Tensor]:
@@ -214,7 +220,7 @@ def _answerable_together(policy: Policy, preference: Preference) -> list[Tensor]
     All of them, or one preference at a time where the conditioner cannot mix rows.
     """
     device = policy.model.device
-    if policy.is_reference or policy.conditioner.why_not_rows() is None:
+    if mixes_rows(policy):
         return [torch.arange(len(preference), device=device)]
     both = torch.cat([preference.weights, preference.alpha.unsqueeze(-1)], -1)
     which = both.unique(dim=0, return_inverse=True)[1].to(device)
