@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
-__all__ = ["Described", "check_choice", "describe", "import_path", "load_object", "rebuild"]
+__all__ = [
+    "Described",
+    "check_choice",
+    "describe",
+    "import_path",
+    "load_object",
+    "rebuild",
+    "settings",
+]
 
 
 class Described:
@@ -19,7 +28,11 @@ class Described:
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         self = super().__new__(cls)
         # Past nn.Module's own __setattr__, which is not ready before __init__.
-        object.__setattr__(self, "init_args", _bind(cls.__mro__, args, kwargs))
+        try:
+            init_args = _bind(cls.__mro__, args, kwargs)
+        except TypeError as error:
+            raise TypeError(f"{cls.__name__}: {error}") from None
+        object.__setattr__(self, "init_args", init_args)
         return self
 
 
@@ -107,10 +120,14 @@ def load_object(path: str) -> Any:
 def describe(value: Any) -> Any:
     """``value`` as plain data: objects become ``{class_path, init_args}``.
 
-    Functions become their import path, and a ``functools.partial`` of a class an object that lacks
-    some arguments. A lambda or a bound method becomes None (it must be passed again when the
-    checkpoint is loaded).
+    Numbers and arrays of numpy and torch become Python's, paths strings, functions their import
+    path, and a ``functools.partial`` of a class an object that lacks some arguments. A lambda or a
+    bound method becomes None (it must be passed again when the checkpoint is loaded).
     """
+    if hasattr(value, "tolist"):  # before float, of which numpy's float64 is a kind
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, Mapping):
         return {key: describe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -132,6 +149,25 @@ def describe(value: Any) -> Any:
         f"{value!r} ({type(value).__name__}) cannot be described as plain data; derive its class "
         "from clp_lightning.Described."
     )
+
+
+def settings(value: Described) -> dict[str, Any]:
+    """``describe(value)``, with the defaults of the arguments that were left out.
+
+    So objects that were made alike are described alike, from a config and from Python.
+    """
+    arguments = _defaults(type(value).__mro__) | value.init_args
+    return {"class_path": import_path(type(value)), "init_args": describe(arguments)}
+
+
+def _defaults(classes: Sequence[type]) -> dict[str, Any]:
+    """Defaults of a constructor's arguments, and of its parent's that it passes on."""
+    if not classes:
+        return {}
+    parameters = inspect.signature(classes[0].__init__).parameters.values()  # type: ignore[misc]
+    own = {p.name: p.default for p in parameters if p.default is not p.empty}
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return (_defaults(classes[1:]) if passes_on else {}) | own
 
 
 def rebuild(description: Any, kind: type) -> Any:

@@ -73,6 +73,13 @@ class Pretrained:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, (str, os.PathLike)):
+            raise ValueError(
+                f"The name of a pretrained model is a {type(self.name).__name__}; give a folder, "
+                "an installed package or a name on the hub."
+            )
+        self.name = os.fspath(self.name)
+        self.dtype = str(self.dtype).removeprefix("torch.")  # torch.bfloat16 says it as well
         if not self.name:
             raise ValueError("The name of a pretrained model is empty: give a folder or a name.")
         dtype = getattr(torch, self.dtype, None)
@@ -83,7 +90,7 @@ class Pretrained:
             )
 
 
-def as_pretrained(spec: str | Mapping[str, Any] | Pretrained) -> Pretrained:
+def as_pretrained(spec: str | Path | Mapping[str, Any] | Pretrained) -> Pretrained:
     """``spec`` itself, or the ``Pretrained`` of a bare name or of a mapping of its fields.
 
     Example:
@@ -92,7 +99,7 @@ def as_pretrained(spec: str | Mapping[str, Any] | Pretrained) -> Pretrained:
     """
     if isinstance(spec, Pretrained):
         return spec
-    return Pretrained(spec) if isinstance(spec, str) else Pretrained(**spec)
+    return Pretrained(**spec) if isinstance(spec, Mapping) else Pretrained(spec)  # type: ignore[arg-type]
 
 
 def check_available(spec: str | Mapping[str, Any] | Pretrained) -> None:

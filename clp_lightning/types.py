@@ -68,6 +68,21 @@ class Preference:
         """K."""
         return self.weights.shape[1]
 
+    def to_dicts(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """``{"weights": {name: w}, "alpha": a}`` for every row, without float32's digits.
+
+        Example:
+            >>> Preference.single([0.3, 0.7], alpha=0.1).to_dicts(["kind", "short"])
+            [{'weights': {'kind': 0.3, 'short': 0.7}, 'alpha': 0.1}]
+        """
+        return [
+            {
+                "weights": {n: round(w, 6) for n, w in zip(names, weights, strict=True)},
+                "alpha": round(alpha, 6),
+            }
+            for weights, alpha in zip(self.weights.tolist(), self.alpha.tolist(), strict=True)
+        ]
+
     def repeat_interleave(self, times: int) -> Preference:
         """Every row ``times`` times, copies side by side."""
         return Preference(
@@ -112,6 +127,22 @@ class PromptBatch:
         for name, length in lengths.items():
             if length != len(self.prompts):
                 raise ValueError(f"{name} has {length} entries for {len(self.prompts)} prompts.")
+
+    @classmethod
+    def check(cls, batch: Any) -> PromptBatch:
+        """``batch`` itself.
+
+        Raises:
+            TypeError: it is no PromptBatch; says how to make one.
+        """
+        if not isinstance(batch, cls):
+            raise TypeError(
+                f"The data loader gave a {type(batch).__name__}, not a PromptBatch. Use "
+                "PromptDataModule (source=datasets.Dataset.from_list(rows)), or a DataLoader whose "
+                "collate_fn returns clp_lightning.data.collate(rows, prompt_ids, "
+                "PromptFormat(columns))."
+            )
+        return batch
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Generator, Tensor
+from torch.utils.data import DataLoader
 
-from clp_lightning import CLPCallback, Fixed, FixedAlpha, Grid, Preference, Support
+from clp_lightning import CLPCallback, Fixed, FixedAlpha, Grid, LoRA, Preference, Support
 from clp_lightning.callbacks import WeightSampler
 from clp_lightning.rewards import RewardError
 from tests.runs import kind, make_data, make_module, make_trainer
@@ -86,6 +87,8 @@ TEN = [f"tea {i}" for i in range(10)]
         ),
         ({"data": {"seed": -1}}, "seed must be 0 or more; got -1"),
         ({"module": {"seed": -1}}, "seed must be 0 or more; got -1"),
+        ({"module": {"rewards": [kind]}}, "rewards is a list; name each reward: rewards={"),
+        ({"module": {"conditioner": LoRA}}, r"conditioner is <class .*LoRA'>; give a Conditioner"),
         ({"rows": rows(prompt=[])}, r"rows.jsonl' is empty"),
         ({"rows": rows(prompt=[*TEN, "  "])}, "Row 10 has an empty prompt"),
         ({"rows": rows(document=TEN)}, "No column is called prompt.*there are: document"),
@@ -155,3 +158,15 @@ def test_evaluating_before_there_are_statistics(
 def test_a_preference_of_the_wrong_shape() -> None:
     with pytest.raises(ValueError, match=r"weights of shape \(B, K\).*got \(2,\) and \(1,\)"):
         Preference(torch.ones(2), torch.ones(1))
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "predict"])
+@pytest.mark.parametrize("statistics", [0, 4])
+def test_a_loader_of_something_else(
+    stage: str, statistics: int, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows: Any = [{"prompt": text} for text in TEN]
+    module = make_module(tiny_folder(), statistics_prompts=statistics)
+    trainer = make_trainer(tmp_path, limit_val_batches=None)
+    with pytest.raises(TypeError, match=r"gave a dict, not a PromptBatch.*collate_fn.*collate"):
+        getattr(trainer, stage)(module, DataLoader(rows, batch_size=2))

@@ -215,9 +215,13 @@ def test_fit_validate_test_predict(
         out = capsys.readouterr().out
         assert re.findall(r"^front: (.*)$", out, re.MULTILINE) == [str(run_folder / "front.json")]
         fronts.append(read_front(run_folder))
+    check_schema(fronts[0], ["kind", "short"], prompts=4, seed=3)
+    checkpoint = str(run_folder / "checkpoints/last.ckpt")
+    said = [[front.pop(key) for key in ("stage", "checkpoint")] for front in fronts]
+    assert said == [["validate", None], ["validate", checkpoint], ["test", checkpoint]]
+    assert fronts[0]["global_step"] == 4
     # The same prompts, the same draws, the trained policy: three times the same front.
     assert fronts[0] == fronts[1] == fronts[2]
-    check_schema(fronts[0], ["kind", "short"], prompts=4, seed=3)
 
     main(["predict", "--config", path, f"--ckpt_path={run_folder}"])
     assert "front:" not in capsys.readouterr().out
@@ -237,7 +241,9 @@ def test_fit_validate_test_predict(
         assert record["prompt"] == prompts[record["prompt_id"]]
         text = record["completion"]
         assert record["rewards"]["short"] == -abs(sum(c <= "m" for c in text) - 1)
-        assert abs(record["alpha"] - 0.1) < 1e-6
+        assert record["alpha"] == 0.1
+        share = sum(c.islower() for c in text) / max(len(text), 1)
+        assert record["rewards"]["kind"] in {round(share, digits) for digits in (1, 2, 8, 9)}
     # What was predicted is what the front measured.
     point = fronts[0]["points"][1]
     half = [record["rewards"]["kind"] for record in records if record["weights"]["kind"] == 0.5]
@@ -257,8 +263,9 @@ def test_a_run_without_evaluation_prompts_is_resumed_at_its_end_but_not_validate
 
 def check_schema(front: dict[str, Any], names: list[str], *, prompts: int, seed: int) -> None:
     """Against the list of issue and README: which fields there are, and of which kind."""
-    top = ["schema", "seed", "decoding", "rewards", "reference_point", "points", "reference"]
-    assert [*top, "metrics"] == list(front)[: len(top) + 1]
+    top = ["schema", "stage", "checkpoint", "global_step", "seed", "decoding"]
+    top += ["rewards", "reference_point", "points", "reference", "metrics"]
+    assert list(front)[: len(top)] == top
     cost = front["cost"]
     assert cost["responses"] > 0 and cost["reward_calls"] == cost["responses"] * len(names)
     assert cost["models"] == cost["forwards"] == 1

@@ -4,11 +4,14 @@ import copy
 import functools
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from clp_lightning.described import Described, describe, import_path, load_object
+from clp_lightning.described import Described, describe, import_path, load_object, settings
 
 
 class Parent(Described):
@@ -62,6 +65,30 @@ def test_describe() -> None:
     assert describe(functools.partial(import_path, obj=Parent)) is None
     with pytest.raises(TypeError, match="cannot be described"):
         describe(object())
+
+
+def test_numbers_arrays_and_paths_become_plain() -> None:
+    made = describe([np.float32(0.5), np.float64(0.25), np.int64(3), np.array([1.0, 2.0])])
+    assert made == [0.5, 0.25, 3, [1.0, 2.0]]
+    assert [type(value) for value in made] == [float, float, int, list]
+    assert describe({"a": torch.tensor([[1], [2]]), "b": Path("x/y")}) == {
+        "a": [[1], [2]],
+        "b": "x/y",
+    }
+
+
+def test_a_wrong_argument_names_the_class() -> None:
+    for wrong in (lambda: Parent(1, x=2), lambda: Adds(5, a=1, x=2)):  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match="^(Parent|Adds): got an unexpected .* 'x'"):
+            wrong()
+    with pytest.raises(TypeError, match="Parent: too many positional"):
+        Parent(1, 2, 3)  # type: ignore[call-arg]
+
+
+def test_settings_hold_the_defaults() -> None:
+    assert settings(Parent(1)) == settings(Parent(a=1, b=2))
+    assert settings(Adds(5, a=1))["init_args"] == {"a": 1, "b": 2, "c": 5}
+    assert settings(Parent(1)) != settings(Parent(1, b=3))
 
 
 def test_objects_by_path() -> None:

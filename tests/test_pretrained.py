@@ -48,6 +48,14 @@ def test_loaded_model_computes_what_was_saved(kind: str, tiny_folder: TinyFolder
     assert saved(**inputs).logits.std() > 1  # random, but far from flat
 
 
+def test_paths_and_dtypes_as_python_has_them(tiny_folder: TinyFolder) -> None:
+    folder = tiny_folder()
+    assert as_pretrained(folder) == Pretrained(folder) == Pretrained(str(folder))
+    assert Pretrained("x", dtype=torch.bfloat16) == Pretrained("x", dtype="bfloat16")
+    with pytest.raises(ValueError, match="pretrained model is a LlamaForCausalLM; give a folder"):
+        as_pretrained(tiny_model("llama"))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "t5", "llama"])
 def test_no_dropout_is_left_in_train_mode(kind: str, tiny_folder: TinyFolder) -> None:
     # T5 keeps a dropout rate outside nn.Dropout, in its attention.

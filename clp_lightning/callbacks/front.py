@@ -36,7 +36,7 @@ class FrontCallback(Callback):
     by setting ``pl_module.full_grid``.
 
     The module measures: at the end of a validation or test epoch it sets ``front_report``, and it
-    has a ``seed``, a dict ``decoding`` and a method ``cost_report``.
+    has a ``seed``, its ``trained_steps``, a dict ``decoding`` and a method ``cost_report``.
 
     Attributes:
         path: Of the newest front.json of this run, on rank zero; None before there is one.
@@ -46,10 +46,11 @@ class FrontCallback(Callback):
     path: Path | None = None
     swept: bool = False
     _front: dict[str, Any]
+    _in_fit: bool = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forgets the front of an earlier run."""
-        self.path = None
+        self.path, self._in_fit = None, stage == "fit"
 
     def extra_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """More entries for "metrics", such as a closed gap; to override. Runs on every process."""
@@ -101,6 +102,7 @@ class FrontCallback(Callback):
         body = report.to_dict()
         front = {
             "schema": body.pop("schema"),
+            **self._measured(trainer, module),
             "seed": module.seed,
             "decoding": module.decoding,
             **body,
@@ -123,6 +125,16 @@ class FrontCallback(Callback):
             return
         _write(folder / "front.png", lambda path: figure.savefig(path, format="png", dpi=120))
         log_figure(trainer.loggers, "front", figure, trainer.global_step)
+
+    def _measured(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, Any]:
+        """Which policy, and in which command: validate's front has the same name as test's."""
+        # In fit it is the path that the run was resumed from; the policy has moved since.
+        path = None if self._in_fit else trainer.ckpt_path
+        return {
+            "stage": "test" if trainer.testing else "validate",
+            "checkpoint": None if path is None else str(path),
+            "global_step": pl_module.trained_steps,
+        }
 
 
 @contextmanager

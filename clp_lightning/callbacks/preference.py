@@ -261,7 +261,7 @@ class CLPCallback(Callback, Described):
     ) -> None:
         steps = trainer.estimated_stepping_batches
         progress = trainer.global_step / steps if math.isfinite(steps) else math.nan
-        generators = self.generators(trainer, pl_module, batch)
+        generators = self.generators(trainer, pl_module, PromptBatch.check(batch))
         names = self._names(pl_module)
         batch.preference = self.sample(names, progress, generators).to(pl_module.device)
 

@@ -142,13 +142,13 @@ class FrontReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of front.json but for "seed" and "decoding"; None is undefined."""
+        """What front.json says of the front itself; None is undefined."""
         k = len(self.names)
         values, own = self._values[0], self._own(self._values[0])
+        asked = self.grid.to_dicts(self.names)
         points = [
             {
-                "weights": dict(zip(self.names, _rounded(self.grid.weights[u]), strict=True)),
-                "alpha": round(self.grid.alpha[u].item(), 6),
+                **asked[u],
                 **self._describe(u + 1),
                 "value": _number(own[u]),
                 "value_reference": _number(values[u, 0]),
@@ -204,8 +204,3 @@ def _number(value: Tensor) -> float | None:
 def _float(value: float | None) -> float:
     """A plain number; NaN for None."""
     return math.nan if value is None else value
-
-
-def _rounded(values: Tensor) -> list[float]:
-    """Without the digits that float32 added: 0.1, not 0.10000000149."""
-    return [round(value, 6) for value in values.tolist()]

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..checkpoints import check_readable
+from ..conditioning import Conditioner
 from ..described import Described, describe, import_path
 from ..policy import Policy
 from ..pretrained import fingerprint
+from .checkpoint import NameDamagedCheckpoint, warn_of_other_rewards
+from .precision import exact_tensors_kept
 
 __all__ = ["PolicyModule"]
 
@@ -66,15 +72,21 @@ class PolicyModule(Described, LightningModule):
         lr_scheduler: LRSchedulerCallable | None,
     ) -> None:
         super().__init__()
+        if not isinstance(policy.conditioner, Conditioner):
+            raise ValueError(
+                f"conditioner is {policy.conditioner!r}; give a Conditioner, such as LoRA()."
+            )
         self.strict_loading = False  # the frozen base is not in the checkpoint
         self._record_hyperparameters()
         self.policy = policy
-        self.lr = lr
-        self.lr_shared = lr if lr_shared is None else lr_shared
-        self.weight_decay = weight_decay
-        self.warmup_steps = warmup_steps
+        # Python's numbers: the optimizer's state, and with it a checkpoint, must be plain data.
+        self.lr = float(lr)
+        self.lr_shared = float(lr if lr_shared is None else lr_shared)
+        self.weight_decay = float(weight_decay)
+        self.warmup_steps = int(warmup_steps)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.trained_steps = 0
         self._base: dict[str, Any] | None = None
 
     def _record_hyperparameters(self) -> None:
@@ -100,6 +112,17 @@ class PolicyModule(Described, LightningModule):
             if self.init_args.get(name) is not None and arguments[name] is None:
                 arguments[name] = import_path(substitute)
         return arguments
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [NameDamagedCheckpoint()]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Moves everything, but converts only the frozen base to half precision."""
+        with exact_tensors_kept(self):
+            return super()._apply(fn, recurse)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.trained_steps = self.global_step
 
     def configure_optimizers(self) -> Any:
         conditioner = self.policy.conditioner
@@ -142,10 +165,17 @@ class PolicyModule(Described, LightningModule):
         """As Lightning's.
 
         Raises:
-            ValueError: an argument was defined in a script or notebook that is not this one.
+            ValueError: the file is no whole checkpoint, or an argument was defined in a script or
+                notebook that is not this one.
         """
+        path = args[0] if args else kwargs.get("checkpoint_path")
+        if isinstance(path, (str, Path)):
+            check_readable(path)
         try:
-            return super().load_from_checkpoint(*args, **kwargs)
+            with warnings.catch_warnings():
+                # The frozen base is meant to be missing; on_load_checkpoint looks for the rest.
+                warnings.filterwarnings("ignore", message="Found keys that are in the model state")
+                return super().load_from_checkpoint(*args, **kwargs)
         except (ArgumentError, ValueError) as error:
             if "__main__" not in str(error):
                 raise
@@ -203,9 +233,13 @@ class PolicyModule(Described, LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another base, other rewards or other trained tensors.
 
+        Rewards of the same names but with other settings are warned of.
+
         Raises:
             ValueError: says what differs.
         """
+        if self._trainer is not None:
+            check_readable(self.trainer.ckpt_path or "")  # torch compares no checksums
         stored = checkpoint.get(_CHECKPOINT_KEY)
         if stored is None:
             raise ValueError(
@@ -226,6 +260,7 @@ class PolicyModule(Described, LightningModule):
                 f"train, first {extra[0]}. Was it trained with another conditioner?"
             )
         self._check_shapes(checkpoint["state_dict"])
+        self.trained_steps = checkpoint["global_step"]
 
     def _check_shapes(self, state: dict[str, torch.Tensor]) -> None:
         own = self.state_dict()
@@ -245,6 +280,8 @@ class PolicyModule(Described, LightningModule):
                     f"(fingerprint {stored['fingerprint'][:12]}); this run has '{own['name']}' "
                     f"({own['fingerprint'][:12]}). Set `pretrained` to the checkpoint's base."
                 )
+        elif key == "reward_settings":
+            warn_of_other_rewards(stored or {}, own)
         elif stored != own:
             raise ValueError(
                 f"The checkpoint has {key} {stored}; this run has {own}. They must be the same, "

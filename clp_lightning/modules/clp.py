@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from ..conditioning import Conditioner
-from ..described import check_choice, import_path
+from ..described import check_choice, describe, import_path
 from ..keyed import resolve_seed
 from ..metrics import Grid
 from ..policy import Encoding, Engine, Policy, Sampling, TransformersEngine
@@ -21,6 +21,7 @@ from ..types import PromptBatch, Rollout
 from .base import PolicyModule
 from .cost import Cost
 from .critic import Critic
+from .precision import float32_by_default
 from .signal import LearningSignal
 from .statistics import fit_statistics
 from .sweep import FrontSweep
@@ -117,9 +118,10 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         engine: Engine | None = None,
         seed: int | None = None,
     ) -> None:
-        self.seed = resolve_seed(seed)
+        self.seed, temperature = resolve_seed(seed), float(temperature)
         encoding = Encoding(max_prompt_tokens, on_long, chat_template_kwargs)
         policy = Policy(pretrained, conditioner, encoding, temperature, gradient_checkpointing)
+        bank = RewardBank(rewards, std_floor=std_floor, on_error=on_reward_error)
         super().__init__(policy, lr, lr_shared, weight_decay, warmup_steps, optimizer, lr_scheduler)
         least = 2 if critic is None else 1
         if samples_per_prompt < least:
@@ -130,7 +132,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
             )
         if rollout_batches < 1:
             raise ValueError(f"rollout_batches must be at least 1; got {rollout_batches}.")
-        self.rewards = RewardBank(rewards, std_floor=std_floor, on_error=on_reward_error)
+        self.rewards = bank
         self.kl = check_choice("kl", kl, ["sampled", "vocabulary"])
         self.critic = critic
         self.samples_per_prompt = samples_per_prompt
@@ -168,10 +170,11 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
             )
 
     def configure_model(self) -> None:
-        self.policy.build(self.rewards.names, self.seed)
-        if self.critic is not None:
-            output: Any = self.policy.model.get_output_embeddings()
-            self.critic.build(output.in_features, len(self.rewards.names), self.seed)
+        with float32_by_default():
+            self.policy.build(self.rewards.names, self.seed)
+            if self.critic is not None:
+                output: Any = self.policy.model.get_output_embeddings()
+                self.critic.build(output.in_features, len(self.rewards.names), self.seed)
 
     def on_fit_start(self) -> None:
         self.tally, self._generated = Tally(), None  # nothing is left of a run that was stopped
@@ -291,8 +294,9 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         return {
             **super().identity(),
             "rewards": list(self.rewards.names),
+            "reward_settings": self.rewards.settings(),
             "coefficients": f"{import_path(type(rule))}, shared: {rule.shared}",
-            "scale": getattr(conditioner, "scale", None),
+            "scale": describe(getattr(conditioner, "scale", None)),
             "temperature": self.policy.temperature,
         }
 

@@ -92,6 +92,7 @@ def _first(batches: Iterable[PromptBatch], prompts: int) -> Iterator[PromptBatch
     for batch in batches:
         if left <= 0:
             return
+        batch = PromptBatch.check(batch)
         if batch.part:
             continue  # the same prompts once more, for another slice
         batch = batch.select(range(min(left, len(batch))))

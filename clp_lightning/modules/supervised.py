@@ -22,6 +22,7 @@ from ..pretrained import Pretrained, load_model
 from ..rewards import completion_text
 from ..types import Preference, PromptBatch, Rollout
 from .base import PolicyModule
+from .precision import float32_by_default
 from .tally import Tally
 
 __all__ = ["SupervisedModule"]
@@ -87,7 +88,8 @@ class SupervisedModule(PolicyModule):
             self._check_column(data.column_names)
 
     def configure_model(self) -> None:
-        self.policy.build([], self.seed)  # no rewards: only what all preferences share
+        with float32_by_default():
+            self.policy.build([], self.seed)  # no rewards: only what all preferences share
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         logp, mask = self._logprobs(batch)
@@ -131,7 +133,7 @@ class SupervisedModule(PolicyModule):
 
     def _logprobs(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the responses and their mask, shape (B, T)."""
-        rollout = self.encode(batch)
+        rollout = self.encode(PromptBatch.check(batch))
         with self.policy.conditioned(rollout.preference):
             return self.policy.logprobs(rollout), rollout.response_mask
 

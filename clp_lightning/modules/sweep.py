@@ -153,14 +153,18 @@ class FrontSweep(LightningModule):
             Pairs of a rollout and the point of each of its rows (-1 = the reference), shape (B,).
         """
         grid = self.eval_preferences
-        batch = replace(batch, epoch=EVALUATION_EPOCH, part=0, parts=1)
-        done = [self._respond(batch, grid, REFERENCE)] if with_reference else []
+        batch = replace(PromptBatch.check(batch), epoch=EVALUATION_EPOCH, part=0, parts=1)
+        size = max(1, self.eval_rows // self.eval_samples)
+        done = []
+        if with_reference:
+            for start in range(0, len(batch), size):
+                rows = range(start, min(start + size, len(batch)))
+                done.append(self._respond(batch.select(rows), grid, REFERENCE))
         prompts = [row for row in range(len(batch)) for _ in range(len(grid))]
         points = list(range(len(grid))) * len(batch)
-        size = max(1, self.eval_rows // self.eval_samples)
         for start in range(0, len(prompts), size):
-            rows = slice(start, start + size)
-            done.append(self._respond(batch.select(prompts[rows]), grid, points[rows]))
+            part = slice(start, start + size)
+            done.append(self._respond(batch.select(prompts[part]), grid, points[part]))
         return done
 
     def _respond(
@@ -204,15 +208,14 @@ class FrontSweep(LightningModule):
 
     def _record(self, rollout: Rollout, raw: Tensor, row: int) -> dict[str, Any]:
         names = self.rewards.names
-        weights = rollout.preference.weights[row].tolist()
-        scores = [None if value != value else value for value in raw.tolist()]
+        # The shortest number that float32 keeps as this one: 0.1, not 0.10000000149.
+        scores = [None if value.isnan() else float(str(value.numpy())) for value in raw.cpu()]
         return {
             "prompt_id": int(rollout.prompt_ids[row]),
             "sample": int(rollout.sample[row]),
             "prompt": rollout.prompts[row],
             "completion": rollout.completions[row],
-            "weights": dict(zip(names, weights, strict=True)),
-            "alpha": float(rollout.preference.alpha[row]),
+            **rollout.preference[row : row + 1].to_dicts(names)[0],
             "truncated": bool(rollout.truncated[row]),
             "rewards": dict(zip(names, scores, strict=True)),
         }

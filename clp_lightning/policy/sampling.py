@@ -30,6 +30,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        # Python's numbers, because front.json and checkpoints hold them.
+        self.max_new_tokens, self.temperature = int(self.max_new_tokens), float(self.temperature)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {self.max_new_tokens}.")
         if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from ..described import settings
 from ..types import Rollout
 from .base import Function, Reward, RewardError
 from .calling import Problem, Samples, start
@@ -88,6 +89,11 @@ class RewardBank(nn.Module):
         on_error: Literal["raise", "drop"] = "raise",
     ) -> None:
         super().__init__()
+        if not isinstance(rewards, Mapping):
+            raise ValueError(
+                f"rewards is a {type(rewards).__name__}; name each reward: "
+                "rewards={'brevity': Brevity()}."
+            )
         if not rewards:
             raise ValueError("There is no reward; name at least one.")
         for name in rewards:
@@ -124,6 +130,10 @@ class RewardBank(nn.Module):
             if after.dtype in (torch.float16, torch.bfloat16):
                 setattr(self, name, before.to(after.device))
         return self
+
+    def settings(self) -> dict[str, dict[str, Any] | None]:
+        """How each reward was made, to compare; None where a part of it has no description."""
+        return {name: _settings(reward) for name, reward in self.rewards.items()}
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Refuse, before anything is loaded, data or models that the rewards cannot work with.
@@ -280,6 +290,15 @@ def _as_reward(name: str, reward: Reward | Callable[..., Any] | str) -> Reward:
         f"Reward '{name}' is a {type(reward).__name__}; give a Reward, a function or the import "
         "path of one."
     )
+
+
+def _settings(reward: Reward) -> dict[str, Any] | None:
+    try:
+        found = settings(reward)
+    except (TypeError, ValueError):
+        return None
+    unknown = isinstance(reward, Function) and found["init_args"]["function"] is None
+    return None if unknown else found
 
 
 def _samples(rollout: Rollout) -> Samples:

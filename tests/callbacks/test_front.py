@@ -31,6 +31,7 @@ class Module(pl.LightningModule):
     """One number is trained; its front follows the weights."""
 
     seed = 11
+    trained_steps = 0
     decoding: dict[str, Any] = {"temperature": 1.0}  # noqa: RUF012
 
     def __init__(self) -> None:
@@ -121,7 +122,8 @@ def test_fit_measures_small_grids_then_the_full_one_and_prints_once(
     assert any("0.25 / 0.75" in line for line in lines)
 
     front = json.loads((folder / "front.json").read_text())
-    assert list(front)[:4] == ["schema", "seed", "decoding", "rewards"]
+    assert list(front)[:4] == ["schema", "stage", "checkpoint", "global_step"]
+    assert list(front)[4:7] == ["seed", "decoding", "rewards"]
     assert (front["seed"], front["decoding"]) == (11, {"temperature": 1.0})
     assert len(front["points"]) == 10 and front["cost"] == {"optimizer_steps": 4}
     assert "closed_gap" not in front["metrics"]
@@ -131,6 +133,20 @@ def test_fit_measures_small_grids_then_the_full_one_and_prints_once(
     events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
     assert [event.step for event in events.Scalars("val/value")] == [1, 3, 4]
     assert len(events.Images("front")) == 3
+
+
+def test_a_resumed_fit_measures_the_policy_in_memory(tmp_path: Path) -> None:
+    first = trainer(tmp_path, logger=False, default_root_dir=tmp_path, max_epochs=1)
+    first.fit(Module(), loader(), loader())
+    path = tmp_path / "resumed.ckpt"
+    first.save_checkpoint(path)
+    run = trainer(tmp_path, logger=False, default_root_dir=tmp_path, max_epochs=2)
+    run.fit(Module(), loader(), loader(), ckpt_path=path)
+    front = json.loads((tmp_path / "front.json").read_text())
+    assert (front["stage"], front["checkpoint"]) == ("validate", None)
+    run.test(Module(), loader(), ckpt_path=path, verbose=False)
+    front = json.loads((tmp_path / "front.json").read_text())
+    assert (front["stage"], front["checkpoint"]) == ("test", str(path))
 
 
 def test_the_files_say_the_same(tmp_path: Path) -> None:

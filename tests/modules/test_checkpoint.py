@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from clp_lightning import CLPModule, LoRA, Preference, RunCheckpoint, Weights
+from clp_lightning import CLPModule, FrontCallback, LoRA, Preference, RunCheckpoint, Weights
 from clp_lightning.cli import main
 from clp_lightning.modules import TrainingDiverged
 from clp_lightning.pretrained import fingerprint
@@ -70,6 +72,16 @@ def test_it_holds_what_was_trained_and_nothing_frozen(
             "fingerprint": fingerprint(str(tiny_folder())),
         },
         "rewards": ["kind", "short"],
+        "reward_settings": {
+            "kind": {
+                "class_path": "clp_lightning.rewards.base.Function",
+                "init_args": {"function": "tests.runs.kind", "kwargs": None, "factory": False},
+            },
+            "short": {
+                "class_path": "tests.runs.Counted",
+                "init_args": {"target": 1.0, "letter": "m"},
+            },
+        },
         "coefficients": "clp_lightning.conditioning.base.Scaled, shared: scaled",
         "scale": 2.0,
         "temperature": 1.0,
@@ -112,6 +124,59 @@ def test_it_rebuilds_a_module_made_on_the_command_line(
     found = CLPModule.load_from_checkpoint(path, weights_only=True)
     assert found.rewards.rewards["short"].target == 9  # type: ignore[attr-defined]
     same_answers(found, cli.model)
+
+
+def test_loading_warns_of_nothing(run: tuple[Path, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # From its description, and with rewards that were made in other words.
+        CLPModule.load_from_checkpoint(run[0], weights_only=True)
+        rewards = {"kind": "tests.runs.kind", "short": Counted(letter="m")}
+        CLPModule.load_from_checkpoint(run[0], weights_only=True, rewards=rewards)
+
+
+def test_other_rewards_under_the_same_names_are_told(
+    run: tuple[Path, Any], tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, _ = run
+    swapped = {"kind": Counted(), "short": kind}
+    with pytest.warns(UserWarning, match="Reward 'kind' is another one.*Counted") as told:
+        CLPModule.load_from_checkpoint(path, weights_only=True, rewards=swapped)
+    assert sum("is another one" in str(warning.message) for warning in told) == 2
+    module = make_module(tiny_folder(), rewards={"kind": kind, "short": Counted(target=4)})
+    with pytest.warns(UserWarning, match=r"Reward 'short' .*'target': 1\.0.*'target': 4"):
+        make_trainer(tmp_path).fit(module, make_data(tmp_path), ckpt_path=path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what a lambda does is not known
+        unknown = {"kind": lambda completions, **_: [0.0 for _ in completions], "short": Counted()}
+        CLPModule.load_from_checkpoint(path, weights_only=True, rewards=unknown)
+
+
+def test_what_python_code_passes_is_kept_as_plain_data(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, numbers = tiny_folder(), {"lr": np.float32(0.5), "weight_decay": np.float64(0.25)}
+    module = CLPModule(
+        pretrained=folder,
+        conditioner=LoRA(rank=2, shared_rank=2, scale=np.float32(2)),  # type: ignore[arg-type]
+        rewards={"kind": kind},
+        temperature=np.float64(0.5),
+        reference_point=np.array([-2.0]),  # type: ignore[arg-type]
+        statistics_prompts=2,
+        max_new_tokens=np.int64(2),  # type: ignore[arg-type]
+        warmup_steps=np.int64(2),
+        **numbers,  # type: ignore[arg-type]
+    )
+    callbacks = [RunCheckpoint(), FrontCallback()]
+    make_trainer(tmp_path, *callbacks, limit_val_batches=1).fit(module, make_data(tmp_path))
+    path = tmp_path / "checkpoints/last.ckpt"
+    arguments = read(path)["hyper_parameters"]  # with weights_only
+    assert (arguments["pretrained"], arguments["lr"]) == (str(folder), 0.5)
+    found = CLPModule.load_from_checkpoint(path, weights_only=True)
+    assert (found.lr, found.weight_decay, found.reference_point) == (0.5, 0.25, [-2.0])
+    trainer = make_trainer(tmp_path, max_steps=3)
+    trainer.fit(found, make_data(tmp_path), ckpt_path=path, weights_only=True)
+    assert trainer.global_step == 3
 
 
 def test_a_lambda_must_be_passed_again(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -219,6 +284,30 @@ def test_what_does_not_fit_is_refused(
         module = make_module(**({"base": base} | options))
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path).fit(module, make_data(tmp_path), ckpt_path=path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
+def test_a_damaged_file_is_named(
+    damage: str, run: tuple[Path, Any], tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    whole, path = run[0].read_bytes(), tmp_path / "bad.ckpt"
+    middle = whole.index(b"hyper_parameters")  # in the record that is unpickled
+    path.write_bytes(
+        {
+            "truncated": whole[:-100],
+            "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+            "empty": b"",
+            "text": b"version https://git-lfs.github.com/spec/v1",
+        }[damage]
+    )
+    with pytest.raises(ValueError, match=r"checkpoint .*bad\.ckpt cannot be read") as raised:
+        CLPModule.load_from_checkpoint(path)
+    assert raised.value.__cause__ is not None
+    for stage in ("fit", "test"):
+        with pytest.raises(Exception, match=r"checkpoint .*bad\.ckpt cannot be read"):
+            getattr(make_trainer(tmp_path), stage)(
+                make_module(tiny_folder()), datamodule=make_data(tmp_path), ckpt_path=path
+            )
 
 
 def test_checkpoints_of_others_are_refused(

@@ -10,7 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from clp_lightning import AnnealedAlpha, CLPCallback, Fixed, FixedAlpha, LoRA, Pretrained, Vertices
+from clp_lightning import (
+    AnnealedAlpha,
+    CLPCallback,
+    Fixed,
+    FixedAlpha,
+    LoRA,
+    Policy,
+    Pretrained,
+    PromptBatch,
+    Rollout,
+    Vertices,
+)
+from clp_lightning.policy import Sampling, TransformersEngine
 from tests.modules.gradients import gradients, norm, of_copy
 from tests.runs import Capture, Counted, Perturbed, kind, make_data, make_module, make_trainer
 
@@ -196,3 +208,28 @@ def test_bad_arguments_are_refused_at_once(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_module(base, **options)
+
+
+class Counts(TransformersEngine):
+    """Notes how many responses are sampled at once."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def generate(self, policy: Policy, batch: PromptBatch, n: int, sampling: Sampling) -> Rollout:
+        self.rows.append(len(batch) * n)
+        return super().generate(policy, batch, n, sampling)
+
+
+def test_no_more_than_eval_rows_are_sampled_at_once(base: Pretrained, tmp_path: Path) -> None:
+    fronts = []
+    for limit in (5, 100):
+        engine = Counts()
+        options: dict[str, Any] = {"statistics_prompts": 0, "eval_samples": 2, "eval_rows": limit}
+        module = make_module(base, engine=engine, **options)
+        trainer = make_trainer(tmp_path, limit_val_batches=None)
+        trainer.validate(module, make_data(tmp_path, eval_batch_size=4), verbose=False)
+        fronts.append(module.front_report.to_dict())
+        # 4 prompts x (the reference + 3 points) x 2 samples.
+        assert sum(engine.rows) == 32 and max(engine.rows) == (4 if limit == 5 else 24)
+    assert fronts[0]["reference"] == fronts[1]["reference"]

@@ -1,0 +1,50 @@
+"""What is trained stays in full precision, whatever the Trainer's ``precision`` does to the rest.
+
+Lightning's ``bf16-true`` and ``16-true`` make half precision the default for new tensors and
+convert whole modules. Small updates would vanish in it, and position tables be wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+__all__ = ["exact_tensors_kept", "float32_by_default"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """New tensors are float32 inside the block, unless they say otherwise."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def exact_tensors_kept(module: nn.Module) -> Iterator[None]:
+    """Undoes what a conversion inside the block does to trained parameters and to buffers.
+
+    They still move to another device.
+    """
+    trained = [(p, p.data) for p in module.parameters() if p.requires_grad]
+    buffers = [
+        (owner, name, buffer)
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+    ]
+    yield
+    for parameter, data in trained:
+        if parameter.dtype in _HALF:
+            parameter.data = data.to(parameter.device)
+    for owner, name, buffer in buffers:  # which a conversion replaces
+        converted = owner.get_buffer(name)
+        if converted.dtype in _HALF:
+            owner._buffers[name] = buffer.to(converted.device)
