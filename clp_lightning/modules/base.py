@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+import math
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -19,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..checkpoints import check_readable
 from ..conditioning import Conditioner
-from ..described import Described, describe, import_path
+from ..described import Described, check_choice, describe, import_path
 from ..policy import Policy
 from ..pretrained import fingerprint
 from .checkpoint import NameDamagedCheckpoint, warn_of_other_rewards
@@ -28,6 +29,7 @@ from .precision import exact_tensors_kept
 __all__ = ["PolicyModule"]
 
 _CHECKPOINT_KEY = "clp_lightning"
+LRDecay = Literal["none", "linear", "cosine"]
 
 
 def unavailable_optimizer(parameters: Iterable[Any]) -> Optimizer:
@@ -57,6 +59,7 @@ class PolicyModule(Described, LightningModule):
         lr_shared: Learning rate of the shared ones; ``lr`` if None.
         weight_decay: Of all trained parameters. On a delta it is a hidden second KL.
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
+        lr_decay: How it falls to 0 at the end of the run.
         optimizer: A torch optimizer class with its further arguments.
         lr_scheduler: A torch scheduler, stepped once per optimizer step.
     """
@@ -68,6 +71,7 @@ class PolicyModule(Described, LightningModule):
         lr_shared: float | None,
         weight_decay: float,
         warmup_steps: int,
+        lr_decay: LRDecay,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
     ) -> None:
@@ -84,6 +88,7 @@ class PolicyModule(Described, LightningModule):
         self.lr_shared = float(lr if lr_shared is None else lr_shared)
         self.weight_decay = float(weight_decay)
         self.warmup_steps = int(warmup_steps)
+        self.lr_decay = check_choice("lr_decay", lr_decay, get_args(LRDecay))
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.trained_steps = 0
@@ -149,12 +154,25 @@ class PolicyModule(Described, LightningModule):
                     total_iters=self.warmup_steps,
                 )
             )
+        if self.lr_decay != "none":
+            schedulers.append(self._decay(optimizer))
         if self.lr_scheduler is not None:
             schedulers.append(self.lr_scheduler(optimizer))
         if not schedulers:
             return optimizer
         both = torch.optim.lr_scheduler.ChainedScheduler(schedulers, optimizer=optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": both, "interval": "step"}}
+
+    def _decay(self, optimizer: Optimizer) -> LRScheduler:
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError(
+                f"lr_decay={self.lr_decay!r} needs to know where the run ends; set the Trainer's "
+                "max_steps or max_epochs."
+            )
+        if self.lr_decay == "cosine":
+            return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=int(steps))
+        return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=int(steps))
 
     def further_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups beside the policy's, as torch takes them."""

@@ -18,7 +18,7 @@ from ..pretrained import Pretrained
 from ..rewards import Reward, RewardBank, Scores
 from ..rewards.base import Unavailable
 from ..types import PromptBatch, Rollout
-from .base import PolicyModule
+from .base import LRDecay, PolicyModule
 from .cost import Cost
 from .critic import Critic
 from .precision import float32_by_default
@@ -70,6 +70,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         lr_shared: Learning rate of the shared part; ``lr`` if None.
         weight_decay: Weight decay of everything trained; a hidden second KL.
         warmup_steps: Optimizer steps over which the learning rate rises.
+        lr_decay: How the learning rate falls to 0 at the end of the run.
         optimizer: Optimizer class and its further arguments.
         lr_scheduler: Scheduler class and its arguments, stepped once per optimizer step.
         max_kl: Stops the run when the mean KL of a step, in nats per response, is above it.
@@ -106,6 +107,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         lr_shared: float | None = None,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
+        lr_decay: LRDecay = "none",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         max_kl: float | None = None,
@@ -122,7 +124,8 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         encoding = Encoding(max_prompt_tokens, on_long, chat_template_kwargs)
         policy = Policy(pretrained, conditioner, encoding, temperature, gradient_checkpointing)
         bank = RewardBank(rewards, std_floor=std_floor, on_error=on_reward_error)
-        super().__init__(policy, lr, lr_shared, weight_decay, warmup_steps, optimizer, lr_scheduler)
+        schedule = (warmup_steps, lr_decay, optimizer, lr_scheduler)
+        super().__init__(policy, lr, lr_shared, weight_decay, *schedule)
         least = 2 if critic is None else 1
         if samples_per_prompt < least:
             raise ValueError(

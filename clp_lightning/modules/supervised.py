@@ -21,7 +21,7 @@ from ..policy.encoding import pad
 from ..pretrained import Pretrained, load_model
 from ..rewards import completion_text
 from ..types import Preference, PromptBatch, Rollout
-from .base import PolicyModule
+from .base import LRDecay, PolicyModule
 from .precision import float32_by_default
 from .tally import Tally
 
@@ -46,6 +46,7 @@ class SupervisedModule(PolicyModule):
         lr: Learning rate.
         weight_decay: Weight decay.
         warmup_steps: Optimizer steps over which the learning rate rises.
+        lr_decay: How the learning rate falls to 0 at the end of the run.
         optimizer: Optimizer class and its further arguments.
         lr_scheduler: Scheduler class and its arguments, stepped once per optimizer step.
         gradient_checkpointing: Recompute activations in the backward pass.
@@ -64,6 +65,7 @@ class SupervisedModule(PolicyModule):
         lr: float = 1e-4,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
+        lr_decay: LRDecay = "none",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         gradient_checkpointing: bool = False,
@@ -76,7 +78,8 @@ class SupervisedModule(PolicyModule):
         policy = Policy(
             pretrained, conditioner, encoding, gradient_checkpointing=gradient_checkpointing
         )
-        super().__init__(policy, lr, None, weight_decay, warmup_steps, optimizer, lr_scheduler)
+        schedule = (warmup_steps, lr_decay, optimizer, lr_scheduler)
+        super().__init__(policy, lr, None, weight_decay, *schedule)
         self.response_column = response_column
         self.max_response_tokens = max_response_tokens
         self.seed = resolve_seed(seed)

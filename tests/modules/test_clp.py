@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,27 @@ def test_warmup_and_a_scheduler(base: Pretrained, tmp_path: Path) -> None:
     )
     found = [rates[0] for rates in Capture.rates]
     assert found == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.5, 0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("decay", "shares"),
+    [
+        ("linear", [1 - step / 8 for step in range(8)]),
+        ("cosine", [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]),
+    ],
+)
+def test_decay_ends_at_zero(
+    decay: str, shares: list[float], base: Pretrained, tmp_path: Path
+) -> None:
+    gradients(base, tmp_path, lr=1.0, lr_decay=decay)
+    assert [rates[0] for rates in Capture.rates] == pytest.approx(shares)
+
+
+def test_decay_needs_an_end(base: Pretrained, tmp_path: Path) -> None:
+    module = make_module(base, lr_decay="cosine")
+    trainer = make_trainer(tmp_path, max_steps=-1, max_epochs=-1)
+    with pytest.raises(ValueError, match="set the Trainer's max_steps or max_epochs"):
+        trainer.fit(module, make_data(tmp_path))
 
 
 def test_idle_copies_rest(base: Pretrained, tmp_path: Path) -> None:
