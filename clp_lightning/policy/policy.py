@@ -22,6 +22,9 @@ from .scoring import Readout, first_of_group, score_full, score_shared
 
 __all__ = ["Policy"]
 
+# Multiplications that sharing prompts must save, or the second pass costs more than it saves.
+_WORTH_SHARING = 1e9
+
 
 class Policy(nn.Module):
     """One network that answers for every (w, alpha); with all coefficients 0 it is the reference.
@@ -35,6 +38,10 @@ class Policy(nn.Module):
         encoding: How prompts become tokens.
         temperature: Of policy and reference alike.
         gradient_checkpointing: Recompute activations in the backward pass.
+
+    Attributes:
+        share_prompts: Whether scoring computes each prompt once for all its responses; decided by
+            the size of prompts and model if None. The values are the same to rounding.
     """
 
     model: PreTrainedModel
@@ -54,7 +61,7 @@ class Policy(nn.Module):
         self.encoding = encoding or Encoding()
         self.temperature = temperature
         self.gradient_checkpointing = gradient_checkpointing
-        self.share_prompts = True
+        self.share_prompts: bool | None = None
         self._answering_for: Preference | Literal["reference"] | None = None
 
     @property
@@ -203,7 +210,11 @@ class Policy(nn.Module):
             assert rollout.reference_prompt_mask is not None
             ids, mask = rollout.reference_input_ids, rollout.reference_prompt_mask
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        score = score_shared if self.share_prompts and not recomputes else score_full
+        share = self.share_prompts
+        if share is None:
+            spared = len(groups) - int(groups.max()) - 1
+            share = spared * ids.shape[1] * self.model.num_parameters() >= _WORTH_SHARING
+        score = score_shared if share and not recomputes else score_full
         with self.eval_mode(unless=recomputes):
             return score(
                 self.model,

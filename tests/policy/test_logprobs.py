@@ -47,10 +47,14 @@ def test_all_passes_agree(tiny_folder: Callable[..., Path], kind: str) -> None:
     rollout = TransformersEngine().generate(policy, prompt_batch(PROMPTS), 3, Sampling(12))
     mask = rollout.response_mask
     with policy.conditioned(rollout.preference):
-        training = policy.logprobs(rollout)
         policy.share_prompts = False
         full = policy.logprobs(rollout)
         policy.share_prompts = True
+        training = policy.logprobs(rollout)
+        every = policy.log_distributions(rollout)  # (B, T, V)
+    ids = rollout.response_ids.unsqueeze(-1)
+    torch.testing.assert_close(every.gather(-1, ids).squeeze(-1), training)
+    torch.testing.assert_close(every.logsumexp(-1)[mask], torch.zeros_like(training[mask]))
     assert rollout.logp is not None
     assert training.requires_grad
     torch.testing.assert_close(rollout.logp[mask], training[mask], atol=1e-4, rtol=0)
@@ -58,6 +62,26 @@ def test_all_passes_agree(tiny_folder: Callable[..., Path], kind: str) -> None:
     for row in range(len(rollout)):
         plain = plain_logprobs(folder, policy, rollout, row)
         torch.testing.assert_close(training[row][mask[row]], plain, atol=1e-4, rtol=0)
+
+
+def test_prompts_are_shared_where_it_pays(
+    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[str] = []
+    for name in ("score_shared", "score_full"):
+        score = getattr(policy_module, name)
+        monkeypatch.setattr(
+            policy_module, name, lambda *a, n=name, f=score: chosen.append(n) or f(*a)
+        )
+    policy = build_policy(tiny_folder(KINDS[0]))
+    rollout = TransformersEngine().generate(policy, prompt_batch(PROMPTS), 3, Sampling(4))
+    with policy.reference():
+        few = policy.logprobs(rollout)
+        monkeypatch.setattr(policy_module, "_WORTH_SHARING", 1)
+        many = policy.logprobs(rollout)
+    assert chosen == ["score_full", "score_shared"]
+    mask = rollout.response_mask
+    torch.testing.assert_close(few[mask], many[mask], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
