@@ -8,6 +8,7 @@ ways to do it, each of them common, are seen to fail the same check.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -23,14 +24,20 @@ from torch import Tensor
 from clp_lightning import (
     CLPCallback,
     CLPModule,
+    Conditioner,
+    Critic,
     ExactDataModule,
+    ExactPromptText,
     ExactReward,
     ExactTask,
     Fixed,
     FixedAlpha,
+    Gate,
     LoRA,
+    Mixture,
     PromptBatch,
     Rollout,
+    SoftPrompt,
 )
 from clp_lightning.exact import exact_gradient, exact_logp, exact_reference_logp
 from clp_lightning.functional import k3, scalarize
@@ -43,7 +50,6 @@ COPIES = 16
 PASSES = 47  # each of 8 contexts x 16 copies x 8 samples: 48,128 responses
 PASSES_OF_WRONG = 25  # enough to see them
 DIRECTIONS = 16
-PERTURBATION = {False: 0.06, True: 0.075}  # of every trained number: a KL of about 0.5
 
 
 class OwnSampleMean(CLPModule):
@@ -99,7 +105,13 @@ class Projections(Callback):
         if trainer.fit_loop._should_accumulate():
             return
         assert isinstance(pl_module, CLPModule)
-        self.seen.append(-self.directions @ flat(p.grad for p in pl_module.own_parameters()))
+        self.seen.append(-self.directions @ flat(gradients(pl_module)))
+
+
+def gradients(module: CLPModule) -> list[Tensor]:
+    """Of the policy's trained parameters; zero where a copy was idle."""
+    trained = module.policy.trained_parameters().values()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
 
 
 def flat(tensors: Any) -> Tensor:
@@ -129,13 +141,37 @@ class Comparison:
         return bool((self.error.abs() < 3 * self.standard_error).all())
 
 
+def perturb(
+    module: CLPModule, task: ExactTask, preference: Preference, draw: torch.Generator
+) -> None:
+    """Moves the trained weights until the KL is about 0.5: at 0 its part could not be seen."""
+    trained = module.policy.trained_parameters().values()
+    ref_logp = exact_reference_logp(module.policy, task)
+    steps = [0.01 * torch.randn(parameter.shape, generator=draw) for parameter in trained]
+    for _ in range(100):
+        logp = exact_logp(module.policy, task, preference)[0]
+        kl = float((logp.exp() * (logp - ref_logp)).sum(-1).mean())
+        if kl > 0.4:
+            break
+        with torch.no_grad():
+            for parameter, step in zip(trained, steps, strict=True):
+                parameter += step
+    assert 0.4 < kl < 2.5, kl  # prompt-CLP starts at 2.1
+
+
 def compare(
-    kind: type[CLPModule], task: ExactTask, folder: Path, root: Path, passes: int
+    kind: type[CLPModule],
+    task: ExactTask,
+    folder: Path,
+    root: Path,
+    passes: int,
+    conditioner: Conditioner | None = None,
+    **options: Any,
 ) -> Comparison:
     rewards = {name: ExactReward(task, i) for i, name in enumerate(WEIGHTS)}
     module = kind(
         str(folder),
-        LoRA(),
+        conditioner or LoRA(),
         rewards,  # type: ignore[arg-type]
         samples_per_prompt=SAMPLES_PER_PROMPT,
         max_new_tokens=task.length,
@@ -143,24 +179,20 @@ def compare(
         lr=0.0,
         optimizer=torch.optim.SGD,
         seed=0,
+        **options,
     )
     module.configure_model()
     draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.own_parameters():
-            parameter += PERTURBATION[task.stop] * torch.randn(parameter.shape, generator=draw)
-
     preference = Preference.single(list(WEIGHTS.values()), ALPHA)
-    logp, ref_logp = (
-        exact_logp(module.policy, task, preference)[0],
-        exact_reference_logp(module.policy, task),
-    )
-    kl = (logp.exp() * (logp - ref_logp)).sum(-1).mean().item()
-    assert 0.3 < kl < 0.8, kl  # at step 0 the KL's part of the gradient could not be seen
+    perturb(module, task, preference, draw)
 
-    exact = flat(exact_gradient(module.policy, task, preference).values())
-    directions = torch.randn(DIRECTIONS, len(exact), generator=draw, dtype=torch.float64)
-    directions = torch.cat([exact[None], directions])
+    parts = list(exact_gradient(module.policy, task, preference).values())
+    exact = flat(parts)
+    # Some are the exact one with whole tensors turned round: a tensor that is wrong stands out.
+    signs = torch.randint(2, (DIRECTIONS // 2, len(parts)), generator=draw) * 2.0 - 1
+    turned = [flat(s * part for s, part in zip(row, parts, strict=True)) for row in signs]
+    anywhere = torch.randn(DIRECTIONS // 2, len(exact), generator=draw, dtype=torch.float64)
+    directions = torch.cat([exact[None], torch.stack(turned), anywhere])
     directions /= directions.norm(dim=-1, keepdim=True)
     projections = Projections(directions)
     trainer = Trainer(
@@ -186,6 +218,65 @@ def compare(
         (seen.mean(0) - directions @ exact) / length,
         seen.std(0) / passes**0.5 / length,
     )
+
+
+CONDITIONERS: dict[str, Callable[[ExactTask], Conditioner]] = {
+    "lora": lambda task: LoRA(),
+    "full": lambda task: Mixture(),
+    "full-rows": lambda task: Mixture(mixing="row"),
+    "attention": lambda task: Mixture("attention"),
+    "attention-frozen": lambda task: Mixture("attention", rest="freeze"),
+    "logits": lambda task: Mixture("logits"),
+    "gate": lambda task: LoRA(coefficients=Gate()),
+    "soft-prompt": lambda task: SoftPrompt(),
+    "prompt": lambda task: ExactPromptText(task),
+}
+EVERYTHING = list(itertools.product(CONDITIONERS, ["sampled", "vocabulary"], *[(False, True)] * 2))
+
+
+def pairwise(cases: list[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
+    """Some of ``cases`` among which every pair of two of their values stands together."""
+
+    def pairs(case: tuple[Any, ...]) -> set[Any]:
+        return set(itertools.combinations(enumerate(case), 2))
+
+    chosen: set[tuple[Any, ...]] = set()
+    missing = set().union(*map(pairs, cases))
+    while missing:
+        best = max(cases, key=lambda case: len(pairs(case) & missing))
+        chosen.add(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def check(
+    case: tuple[str, str, bool, bool], base_folder: Callable[[ExactTask], Path], root: Path, n: int
+) -> Comparison:
+    conditioner, kl, critic, stop = case
+    task = ExactTask(stop=stop)
+    options = {"kl": kl, "critic": Critic() if critic else None}
+    built = CONDITIONERS[conditioner](task)
+    return compare(CLPModule, task, base_folder(task), root, n, built, **options)
+
+
+@pytest.mark.parametrize("case", sorted(pairwise(EVERYTHING)), ids=str)
+def test_pairs_of_conditioner_baseline_and_kl(
+    case: Any, base_folder: Callable[[ExactTask], Path], tmp_path: Path
+) -> None:
+    comparison = check(case, base_folder, tmp_path, PASSES // 4)
+    assert (comparison.standard_error < 0.05).all(), comparison
+    # A standard error from so few passes is itself uncertain.
+    assert (comparison.error.abs() < 5 * comparison.standard_error).all(), comparison
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EVERYTHING, ids=str)
+def test_every_conditioner_baseline_and_kl(
+    case: Any, base_folder: Callable[[ExactTask], Path], tmp_path: Path
+) -> None:
+    comparison = check(case, base_folder, tmp_path, PASSES)
+    assert comparison.precise, comparison
+    assert comparison.agrees, comparison
 
 
 @pytest.mark.parametrize("stop", [False, True], ids=["fixed", "stop"])
