@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from clp_lightning import Policy, Rollout, Sampling, TransformersEngine
+from clp_lightning.policy import policy as policy_module
 from tests.helpers import build_policy, prompt_batch
 from tests.tiny import KINDS
 
