@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 import clp_lightning
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_every_name_can_be_imported() -> None:
@@ -30,3 +35,15 @@ def test_what_users_subclass_and_catch_is_there(name: str) -> None:
 def test_an_unknown_name() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'Lora'"):
         _ = clp_lightning.Lora
+
+
+def test_every_section_that_is_cited_exists() -> None:
+    headings = re.findall(r"^## (\d+)\. ", (ROOT / "docs/method.md").read_text(), re.MULTILINE)
+    assert headings == ["1", "2", "3", "4", "5", "6"]
+    cited = []
+    for path in [*ROOT.glob("clp_lightning/**/*.py"), *ROOT.glob("tests/**/*.py")]:
+        text = " ".join(path.read_text().split())
+        for page, section in re.findall(r"([\w./]+)[:,]? section (\d)", text):
+            assert page == "docs/method.md" and section in headings, f"{path}: {page} {section}"
+            cited.append(section)
+    assert set(cited) == set(headings)

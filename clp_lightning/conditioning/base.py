@@ -1,6 +1,6 @@
 """The Conditioner interface: how a preference (w, alpha) reaches the network.
 
-Every parameter-space conditioning of the library is one equation (DESIGN: section 2),
+Every parameter-space conditioning of the library is one equation (docs/method.md, section 2),
 ``theta(w, alpha) = theta_ref + sum_i c_i(w, alpha) * Delta_i``, with another choice of the
 parameters, the rank of Delta and the coefficients c.
 """

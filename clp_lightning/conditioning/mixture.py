@@ -24,9 +24,9 @@ PRESETS = ("full", "attention", "logits")
 class Mixture(Conditioner):
     """One full-rank delta per reward on chosen parameters, and one shared delta on the rest.
 
-    ``theta(w, alpha) = theta_ref + sum_i c_i Delta_i``, all deltas zero at the start (DESIGN:
-    section 2). Merging computes plain weights once per preference; row mode mixes outputs and
-    answers for another preference in every row.
+    ``theta(w, alpha) = theta_ref + sum_i c_i Delta_i``, all deltas zero at the start
+    (docs/method.md, section 2). Merging computes plain weights once per preference; row mode mixes
+    outputs and answers for another preference in every row.
 
     Args:
         targets: ``full`` (every parameter), ``attention`` (the projections inside attention

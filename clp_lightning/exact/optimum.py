@@ -1,7 +1,7 @@
 """The best that a policy can do, in closed form, and how much of it a policy reaches.
 
 ``G`` counts preferences, ``X`` contexts, ``S`` responses, ``K`` rewards. Everything is float64.
-Formulas: DESIGN.md section 4.
+Formulas: docs/method.md, section 4.
 """
 
 from __future__ import annotations

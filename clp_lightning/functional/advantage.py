@@ -13,7 +13,7 @@ def leave_one_out(values: Tensor, *, groups: Tensor) -> Tensor:
 
     NaN means "not scored": it has no signal (0) and is nobody's sibling. A value without a scored
     sibling has no signal either. The result is not divided by the group's deviation, which would
-    change the objective (DESIGN.md section 3).
+    change the objective (docs/method.md, section 3).
 
     Args:
         values: One row per response, shape (B, ...); NaN = not scored.

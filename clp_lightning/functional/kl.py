@@ -13,7 +13,7 @@ def log_ratio(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
     Summed over a response sampled from the policy, its mean is KL(policy || reference). This
     plain form is the KL term of the return; the non-negative ``k3`` is for display only, because
-    its score-function gradient is not that of the KL (DESIGN.md section 3).
+    its score-function gradient is not that of the KL (docs/method.md, section 3).
 
     Args:
         logp: Log-probability under the policy, shape (B, T).
@@ -34,7 +34,7 @@ def vocabulary_kl(logd: Tensor, ref_logd: Tensor) -> Tensor:
 
     Summed over a sampled response, its mean is that of the log-ratios, with less noise: only the
     prefix is sampled, not the token. Its gradient is the token's own part of the KL's gradient;
-    the rest is score function times the KL of *later* tokens (DESIGN.md section 3).
+    the rest is score function times the KL of *later* tokens (docs/method.md, section 3).
 
     Args:
         logd: Log-probability of every token under the policy, shape (B, T, V).
@@ -57,7 +57,7 @@ def kl_to_go(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     """Sum of the log-ratios from each token to the end of its response.
 
     A token's action cannot change the log-ratio of the tokens before it, so leaving those out
-    of its return lowers the noise and keeps the expectation (DESIGN.md section 3).
+    of its return lowers the noise and keeps the expectation (docs/method.md, section 3).
 
     Args:
         log_ratio: Log-ratios of tokens, shape (B, T).
@@ -78,7 +78,7 @@ def k3(log_ratio: Tensor) -> Tensor:
     """A non-negative, low-noise estimate of the KL per token, for display only.
 
     ``exp(-l) - 1 + l`` (J. Schulman, "Approximating KL divergence", 2020). Never in a return: as a
-    reward its gradient points elsewhere (DESIGN.md section 3).
+    reward its gradient points elsewhere (docs/method.md, section 3).
 
     Args:
         log_ratio: Log-ratios of tokens, any shape.

@@ -13,7 +13,7 @@ def policy_gradient_loss(
     """REINFORCE: minus the sum over tokens of advantage times log-probability, per response.
 
     The objective sums over tokens and averages over responses. Dividing by the number of tokens
-    that happened to be sampled bends the gradient (DESIGN.md section 3), so: a constant.
+    that happened to be sampled bends the gradient (docs/method.md, section 3), so: a constant.
 
     Args:
         logp: Log-probabilities under the policy, shape (B, T).

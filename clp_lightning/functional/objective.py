@@ -39,7 +39,7 @@ def scalarize(signals: Tensor, *, preference: Preference) -> Tensor:
 
 
 def objective(rewards: Tensor, kl: Tensor, *, preference: Preference) -> Tensor:
-    """The objective V(pi; w, alpha) from means over responses (DESIGN.md section 1).
+    """The objective V(pi; w, alpha) from means over responses (docs/method.md, section 1).
 
     Args:
         rewards: Mean rewards, shape (B, K).

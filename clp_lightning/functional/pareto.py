@@ -85,7 +85,7 @@ def mean_inner_product(rewards: Tensor, weights: Tensor) -> Tensor:
     """MIP: mean of ``w . R`` over the points, each with the weights that it was asked for.
 
     EUM - MIP is not 0 at the optimum, because neither knows the KL: both are reported for readers
-    who know them and gate nothing (DESIGN.md section 6).
+    who know them and gate nothing (docs/method.md, section 6).
 
     Args:
         rewards: Mean rewards of the points, shape (G, K); NaN with weight 0 does not count.

@@ -1,4 +1,4 @@
-"""Does the dial do what it says? Steering gain, consistency and envy (DESIGN.md section 6).
+"""Does the dial do what it says? Steering gain, consistency and envy (docs/method.md, section 6).
 
 Preferences are written u = ((1 - alpha) w, alpha) and what a policy reaches f = (R_1 .. R_K, -KL),
 so that V_u(p) = u . f(p). Everything here is read off the matrix of all V_u(p_u').

@@ -32,7 +32,7 @@ _SPLITS = 8  # halvings of the prompts that cross-fitted envy is averaged over
 
 
 class FrontReport:
-    """A front with its statistics (DESIGN.md section 6).
+    """A front with its statistics (docs/method.md, section 6).
 
     Means are over the samples of a prompt first, then over prompts; a response that a reward
     did not score is left out of that reward's mean.

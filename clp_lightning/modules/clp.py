@@ -40,8 +40,8 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
     """Trains one language model to follow any weighting of K rewards and any KL strength.
 
     Each step samples responses under the preferences that ``CLPCallback`` attached, scores them,
-    and takes one policy-gradient step on V (DESIGN: section 3). Methods are the named steps of
-    ``training_step``; a subclass overrides one of them alone.
+    and takes one policy-gradient step on V (docs/method.md, section 3). Methods are the named steps
+    of ``training_step``; a subclass overrides one of them alone.
 
     Args:
         pretrained: The base and reference: a hub name, a folder or an installed package.

@@ -1,4 +1,4 @@
-"""The learning signal: from rewards and log-probabilities to the loss (DESIGN.md section 3)."""
+"""From rewards and log-probabilities to the loss (docs/method.md, section 3)."""
 
 from __future__ import annotations
 

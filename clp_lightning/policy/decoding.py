@@ -34,8 +34,9 @@ class DeRa(TransformersEngine):
     """Decoding-time realignment: another alpha by mixing the reference in.
 
     ``log pi_alpha = (1 - lambda) log pi_ref + lambda log pi_alpha_min + const`` with
-    ``lambda = (alpha_min / (1 - alpha_min)) (1 - alpha) / alpha`` (Liu et al., 2024; DESIGN:
-    section 5), for the policy trained at the smallest alpha. For evaluation, as ``MOD``.
+    ``lambda = (alpha_min / (1 - alpha_min)) (1 - alpha) / alpha`` (Liu et al., 2024;
+    docs/method.md, section 5), for the policy trained at the smallest alpha. For evaluation, as
+    ``MOD``.
 
     Args:
         alpha_min: KL strength of the policy that is mixed with the reference; in (0, 1).

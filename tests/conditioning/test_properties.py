@@ -1,4 +1,4 @@
-"""What DESIGN section 2 promises of every conditioner, on every family of models."""
+"""What docs/method.md, section 2 promises of every conditioner, on every family of models."""
 
 from __future__ import annotations
 

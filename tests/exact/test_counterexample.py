@@ -1,4 +1,4 @@
-"""The counterexample of DESIGN: two steps, where mixing two optima is far from the optimum."""
+"""Worked out by hand: two steps, where mixing two optima is far from the optimum."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_the_optimum_has_its_theoretical_values(alphas: tuple[float, ...]) -> No
     rewards, kl = optimum(preference)
     values = value_matrix(rewards, kl, preference=preference)
     torch.testing.assert_close(values.diagonal(), objective(rewards, kl, preference=preference))
-    # V* = alpha log E_ref exp(w.R / beta) (DESIGN.md section 4).
+    # V* = alpha log E_ref exp(w.R / beta) (docs/method.md, section 4).
     beta = preference.alpha / (1 - preference.alpha)
     tilt = preference.weights @ REWARDS.T / beta.unsqueeze(-1)
     best = preference.alpha * (REFERENCE.log() + tilt).logsumexp(-1)

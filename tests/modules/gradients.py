@@ -51,7 +51,7 @@ def mean(several: list[Gradients]) -> Gradients:
 
 
 def by_hand(module: Perturbed, rollout: Rollout, scores: Scores) -> Tensor:
-    """The loss of DESIGN section 3, response by response and token by token."""
+    """The loss of docs/method.md, section 3, response by response and token by token."""
     with module.policy.conditioned(rollout.preference):
         logp = module.policy.logprobs(rollout)
     with module.policy.reference():
