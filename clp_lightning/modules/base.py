@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 import math
+import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
