@@ -274,9 +274,9 @@ def test_pairs_of_conditioner_baseline_and_kl(
 def test_every_conditioner_baseline_and_kl(
     case: Any, base_folder: Callable[[ExactTask], Path], tmp_path: Path
 ) -> None:
-    comparison = check(case, base_folder, tmp_path, PASSES)
-    assert comparison.precise, comparison
-    assert comparison.agrees, comparison
+    comparison = check(case, base_folder, tmp_path, PASSES // 2)
+    assert (comparison.standard_error < 0.035).all(), comparison
+    assert (comparison.error.abs() < 4 * comparison.standard_error).all(), comparison
 
 
 @pytest.mark.parametrize("stop", [False, True], ids=["fixed", "stop"])
