@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from inspect import signature
 
 HELP = """\
 usage: python -m clp_lightning COMMAND [options]
@@ -16,6 +17,7 @@ commands:
   validate   the front of a run on the validation prompts
   test       the front of a run on the test prompts
   predict    responses under every preference of the grid, to predictions.jsonl
+  steer      answers under a preference: to a prompt, a file, in a sweep, or interactively
   export     one preference as a plain Hugging Face folder, or as one PEFT adapter
 
   python -m clp_lightning COMMAND --help      options of a command
@@ -24,7 +26,7 @@ commands:
 """
 
 
-TOOLS = ("export",)
+TOOLS = ("export", "steer")
 """Each is a function in the module of its name; it needs no Trainer."""
 COMMANDS = ("fit", "validate", "test", "predict", *TOOLS)
 
@@ -64,8 +66,15 @@ def _run_tool(name: str, *args: str) -> None:
     from jsonargparse import auto_cli
 
     function = getattr(import_module(f".{name}", __package__), name)
+    parameters = signature(function).parameters.values()
+    switches = [f"--{p.name}" for p in parameters if p.annotation == "bool"]
+    # jsonargparse wants `--sweep true`; a bare `--sweep` says the same.
+    said = [
+        f"{arg}=true" if arg in switches and after not in ("true", "false") else arg
+        for arg, after in zip(args, (*args[1:], ""), strict=True)
+    ]
     prog = f"python -m clp_lightning {name}"
-    auto_cli(function, args=list(args), as_positional=False, prog=prog)
+    auto_cli(function, args=said, as_positional=False, prog=prog)
 
 
 if __name__ == "__main__":

@@ -170,6 +170,18 @@ class SteerablePolicy:
         checked = torch.tensor([check_alpha(value) for value in alphas], dtype=table.dtype)
         return Preference(table, checked).to(self.policy.model.device)
 
+    def usual_alpha(self) -> float:
+        """The smallest alpha that the front was measured at, or else that was trained.
+
+        Raises:
+            ValueError: neither is known.
+        """
+        if self.trained.front is not None:
+            return float(min(point["alpha"] for point in self.trained.front["points"]))
+        if self.trained.alpha_range is not None:
+            return self.trained.alpha_range[0]
+        raise ValueError("It is not known which alpha this policy was trained at: give alpha.")
+
     def generate(
         self,
         prompts: Sequence[Prompt],
