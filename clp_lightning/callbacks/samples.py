@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -62,12 +64,11 @@ class SamplesCallback(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._rows:
-            return
-        table = Table("weights", "response", title=Text(self._rows[0][0], style="italic"))
-        for _, weights, response in self._rows:
-            table.add_row(Text(weights), Text(response))
-        Console().print(table)
+        for prompt, rows in groupby(self._rows, key=itemgetter(0)):
+            table = Table("weights", "response", title=Text(prompt, style="italic"))
+            for _, weights, response in rows:
+                table.add_row(Text(weights), Text(response))
+            Console().print(table)
 
 
 def _text(prompt: object) -> str:

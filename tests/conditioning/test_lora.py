@@ -157,6 +157,18 @@ def test_start_from_existing_adapters(tiny_folder: Callable[..., Path], tmp_path
         build_policy(folder, LoRA(start_from={"unknown": "x"}))
 
 
+def test_last_blocks_and_seed_reach_the_model(tiny_folder: Callable[..., Path]) -> None:
+    found = []
+    for seed in (0, 0, 1):
+        policy = Policy(str(tiny_folder("llama")), LoRA(rank=2, last_blocks=1, shared_rank=0))
+        policy.build(NAMES, seed=seed)
+        found.append(policy.trained_parameters())
+    assert found[0] and all(".layers.1." in name for name in found[0])
+    down = [name for name in found[0] if "lora_A" in name]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in down)
+    assert not any(torch.equal(found[0][name], found[2][name]) for name in down)
+
+
 def test_nonlinear_adapters_are_refused(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_folder("llama")
     for options in ({"use_dora": True}, {"lora_dropout": 0.1}):

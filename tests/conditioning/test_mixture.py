@@ -66,6 +66,20 @@ def test_prompt_text(tiny_folder: Callable[..., Path]) -> None:
     assert words.text([1.0, 0.0], 0.2) == "[kind: only, short: not at all; stay close: a little]\n"
 
 
+def test_text_in_front_of_the_last_user_message() -> None:
+    conditioner = PromptText()
+    conditioner._names = ["kind"]
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+    found = conditioner.rewrite(turns, Preference.single([1.0], 0.5))
+    assert [message["content"] for message in found] == [  # type: ignore[index]
+        "user",
+        "assistant",
+        "[kind: 1.00; stay close: 0.50]\nuser",
+        "assistant",
+    ]
+    assert turns[2]["content"] == "user"
+
+
 def test_text_in_front_of_a_list_of_parts() -> None:
     conditioner = PromptText()
     conditioner._names = ["kind"]

@@ -47,7 +47,7 @@ def test_small_updates_reach_what_is_trained(
 
     frozen = [p for p in module.policy.parameters() if not p.requires_grad]
     assert {p.dtype for p in frozen} == {torch.bfloat16}
-    # Rotary frequencies: in bfloat16, position 200 would be off by a radian.
+    # Rotary frequencies: rounded ones would turn far positions too far.
     assert {b.dtype for b in module.buffers() if b.is_floating_point()} == {torch.float32}
     saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     for name, value in after.items():

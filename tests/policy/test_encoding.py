@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from clp_lightning import Encoding
 from clp_lightning.policy.encoding import pad
@@ -36,9 +37,38 @@ def test_the_template_alone_is_too_long() -> None:
 
 
 def test_strings_keep_the_side_that_is_asked_for() -> None:
-    assert BARE.decode(Encoding(3)(["abcdef"], BARE, keep="end")[0]) == "def"
-    assert BARE.decode(Encoding(3)(["abcdef"], BARE, keep="start")[0]) == "abc"
-    assert BARE.truncation_side == "right"
+    for keep, kept in {"start": "abc", "end": "def"}.items():
+        assert BARE.decode(Encoding(3)(["abcdef"], BARE, keep=keep)[0]) == kept
+        assert BARE.truncation_side == "right"
+
+
+def test_the_template_gets_its_arguments() -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ mood }}{{ messages[0]['content'] }}"
+    encoding = Encoding(chat_template_kwargs={"mood": "calm: "})
+    assert tokenizer.decode(encoding([user("hi")], tokenizer)[0]) == "calm: hi"
+
+
+def test_the_template_alone_writes_special_tokens() -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    start = ("<|start|>", tokenizer.convert_tokens_to_ids("<|start|>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|start|> $A", special_tokens=[start]
+    )
+    assert tokenizer("hi")["input_ids"][0] == start[1]
+    assert Encoding()([user("hi")], tokenizer) == Encoding()([user("hi")], CHAT)
+    # A plain string has no template, so the tokenizer's own are kept, also where it is cut.
+    (cut,) = Encoding(3)(["abcdef"], tokenizer)
+    assert tokenizer.decode(cut) == "<|start|>ef"
+
+
+def test_the_longest_user_message_is_shortened() -> None:
+    messages = [*user("short"), {"role": "assistant", "content": "ok" * 20}, *user("abcdefghij")]
+    whole = len(Encoding()([messages], CHAT)[0])
+    (ids,) = Encoding(max_prompt_tokens=whole - 4)([messages], CHAT)
+    text = CHAT.decode(ids)
+    assert "user\nshort<|end|>" in text and "user\nabcdef<|end|>" in text
+    assert "ok" * 20 in text
 
 
 def test_error_mode_names_the_prompt() -> None:
