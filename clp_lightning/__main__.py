@@ -18,6 +18,7 @@ commands:
   test       the front of a run on the test prompts
   predict    responses under every preference of the grid, to predictions.jsonl
   steer      answers under a preference: to a prompt, a file, in a sweep, or interactively
+  pick       finds the preference that has most of one reward and enough of the others
   export     one preference as a plain Hugging Face folder, or as one PEFT adapter
 
   python -m clp_lightning COMMAND --help      options of a command
@@ -26,7 +27,7 @@ commands:
 """
 
 
-TOOLS = ("export", "steer")
+TOOLS = ("export", "pick", "steer")
 """Each is a function in the module of its name; it needs no Trainer."""
 COMMANDS = ("fit", "validate", "test", "predict", *TOOLS)
 

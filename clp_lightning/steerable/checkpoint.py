@@ -13,7 +13,7 @@ from ..checkpoints import checkpoint_file
 from ..pretrained import as_pretrained
 from .trained import Trained
 
-__all__ = ["read_checkpoint", "run_folder"]
+__all__ = ["read_checkpoint", "read_rewards", "run_folder"]
 
 
 def run_folder(run: str | Path) -> Path:
@@ -57,6 +57,21 @@ def read_checkpoint(run: str | Path) -> Trained:
             if name.startswith("policy.")
         },
     )
+
+
+def read_rewards(run: str | Path) -> dict[str, Any]:
+    """The rewards of ``run`` by name, as its checkpoint describes them: objects or import paths.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: its module had no argument ``rewards``.
+    """
+    file = checkpoint_file(run)
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    rewards: dict[str, Any] | None = checkpoint.get("hyper_parameters", {}).get("rewards")
+    if not rewards:
+        raise ValueError(f"{file} does not say which rewards it was trained with.")
+    return rewards
 
 
 def _older(settings: dict[str, Any]) -> dict[str, Any]:
