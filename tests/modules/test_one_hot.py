@@ -1,4 +1,4 @@
-"""All weight on one reward is ordinary finetuning: docs/method.md, section 2, through the Trainer."""
+"""All weight on one reward is ordinary finetuning (docs/method.md, section 2), in the Trainer."""
 
 from __future__ import annotations
 
