@@ -119,8 +119,13 @@ def test_log_probabilities_are_those_of_the_sampler(tiny_folder: Callable[..., P
     assert (logp[0] - ref[0])[mask[0]].abs().max() > 1e-2
 
 
-def test_text_is_told_as_it_comes(tiny_folder: Callable[..., Path]) -> None:
-    steerable = make_steerable(tiny_folder())
+@pytest.mark.parametrize(
+    ("kind", "conditioner"), [("llama", LoRA(rank=2, shared_rank=2)), ("t5", Mixture("full"))]
+)
+def test_text_is_told_as_it_comes(
+    kind: str, conditioner: Conditioner, tiny_folder: Callable[..., Path]
+) -> None:
+    steerable = make_steerable(tiny_folder(kind), conditioner)
     heard = dict.fromkeys(range(len(PROMPTS) * 2), "")
     pieces = 0
 
@@ -129,7 +134,7 @@ def test_text_is_told_as_it_comes(tiny_folder: Callable[..., Path]) -> None:
         heard[row] += text
         pieces += 1
 
-    rollout = steerable.generate(PROMPTS, WEIGHTS, 0.1, n=2, on_text=hear)
+    rollout = steerable.generate(PROMPTS, GRID, ALPHAS, n=2, on_text=hear)
     assert list(heard.values()) == rollout.completions
     assert pieces > len(heard)
     assert steerable.engine.on_tokens is None  # type: ignore[attr-defined]
