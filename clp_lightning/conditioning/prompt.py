@@ -82,7 +82,7 @@ class PromptText(_Around):
     The text goes in front of a string, or in front of the last user message of a conversation, so
     that a system message survives, the model's own or the user's. At step 0 the policy is *not*
     the reference, whose log-probabilities are always those of the plain prompt; the KL of step 0
-    is in the logs.
+    is in the logs. The text comes on top of ``max_prompt_tokens``, so it is never cut off.
 
     Args:
         form: ``number`` writes the weights with two digits, ``word`` in words.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -43,7 +43,11 @@ class Encoding(Described):
         self.truncated = 0
 
     def __call__(
-        self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, keep: str = "end"
+        self,
+        prompts: Sequence[Prompt],
+        tokenizer: PreTrainedTokenizerBase,
+        keep: str = "end",
+        rewrite: Callable[[int, Prompt], Prompt] | None = None,
     ) -> list[list[int]]:
         """Token ids of every prompt.
 
@@ -51,22 +55,37 @@ class Encoding(Described):
             prompts: Strings or conversations.
             tokenizer: The policy's.
             keep: Which part of a plain string survives truncation, ``end`` or ``start``.
+            rewrite: Makes another prompt of number i, once it is within the limit, so that
+                nothing it writes is cut off; that comes on top of the limit.
 
         Raises:
             ValueError: for an empty prompt, a conversation without a chat template, a prompt over
                 the limit where ``on_long`` is ``error``, or a template that alone is over it.
         """
-        return [self._encode(prompt, tokenizer, keep) for prompt in prompts]
+        encoded = []
+        truncated = self.truncated
+        for row, prompt in enumerate(prompts):
+            fitting, ids = self._fit(prompt, tokenizer, keep)
+            encoded.append(ids if rewrite is None else self._ids(rewrite(row, fitting), tokenizer))
+        if rewrite is not None:
+            self.truncated = truncated  # counted with the reference's prompts, which are these
+        return encoded
 
-    def _encode(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, keep: str) -> list[int]:
-        if isinstance(prompt, str):
-            ids: list[int] = tokenizer(prompt)["input_ids"]
-        else:
-            ids = self._render(prompt, tokenizer)
+    def _ids(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        if not isinstance(prompt, str):
+            return self._render(prompt, tokenizer)
+        ids: list[int] = tokenizer(prompt)["input_ids"]
+        return ids
+
+    def _fit(
+        self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, keep: str
+    ) -> tuple[Prompt, list[int]]:
+        """The prompt within the limit, and its token ids."""
+        ids = self._ids(prompt, tokenizer)
         if not ids:
             raise ValueError(f"The prompt {prompt!r} has no tokens; remove it from the data.")
         if len(ids) <= self.max_prompt_tokens:
-            return ids
+            return prompt, ids
         if self.on_long == "error":
             raise ValueError(
                 f"A prompt has {len(ids)} tokens, over max_prompt_tokens={self.max_prompt_tokens}: "
@@ -74,7 +93,9 @@ class Encoding(Described):
             )
         self.truncated += 1
         if isinstance(prompt, str):
-            return _cut(prompt, tokenizer, self.max_prompt_tokens, keep)
+            ids = _cut(prompt, tokenizer, self.max_prompt_tokens, keep)
+            text: Any = tokenizer.decode(ids, skip_special_tokens=True)
+            return text, ids
         return self._shorten(prompt, tokenizer)
 
     def _render(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -96,7 +117,7 @@ class Encoding(Described):
 
     def _shorten(
         self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
-    ) -> list[int]:
+    ) -> tuple[Prompt, list[int]]:
         """Takes tokens off the end of the longest user message until the whole fits."""
         texts = [
             m["content"] if m["role"] == "user" and isinstance(m["content"], str) else ""
@@ -112,10 +133,11 @@ class Encoding(Described):
         kept = len(content)
         while True:
             message = {**messages[longest], "content": tokenizer.decode(content[:kept])}
-            ids = self._render([*messages[:longest], message, *messages[longest + 1 :]], tokenizer)
+            shorter = [*messages[:longest], message, *messages[longest + 1 :]]
+            ids = self._render(shorter, tokenizer)
             excess = len(ids) - self.max_prompt_tokens
             if excess <= 0:
-                return ids
+                return shorter, ids
             if kept == 0:
                 raise ValueError(
                     f"The chat template alone has {len(ids)} tokens, over "

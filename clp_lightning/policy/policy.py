@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
@@ -146,15 +146,18 @@ class Policy(nn.Module):
             preference: P rows that the conditioner may write into the prompts; None for the
                 reference's prompts.
         """
-        if preference is not None:
-            prompts = [
-                self.conditioner.rewrite(prompt, preference[row : row + 1])
-                for row, prompt in enumerate(prompts)
-            ]
+        rewrite: Callable[[int, Prompt], Prompt] | None = None
+        if preference is not None and self.conditioner.rewrites:
+            asked = preference
+
+            def rewrite(row: int, prompt: Prompt) -> Prompt:
+                return self.conditioner.rewrite(prompt, asked[row : row + 1])
+
         seq2seq = self.model.config.is_encoder_decoder
         # Causal models need the prompt's end beside the response; an encoder has positions of
         # its own, which padding on the left would move.
-        ids = self.encoding(prompts, self.tokenizer, keep="start" if seq2seq else "end")
+        keep = "start" if seq2seq else "end"
+        ids = self.encoding(prompts, self.tokenizer, keep, rewrite)
         tokens, mask = pad(ids, self.pad_id, side="right" if seq2seq else "left")
         return tokens.to(self.model.device), mask.to(self.model.device)
 
