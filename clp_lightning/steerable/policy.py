@@ -240,10 +240,10 @@ class SteerablePolicy:
     def logprobs(self, rollout: Rollout) -> Tensor:
         """Log-probabilities of the responses under their preferences, shape (B, T).
 
-        Those behind the end (where ``response_mask`` is False) mean nothing.
+        They are those of what ``engine`` samples from: with ``MOD()`` the mixture's. Behind the
+        end (where ``response_mask`` is False) they mean nothing.
         """
-        with self.policy.conditioned(rollout.preference):
-            return self.policy.logprobs(rollout)
+        return self.engine.logprobs(self.policy, rollout)
 
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
         """Log-probabilities of the responses under the reference, shape (B, T)."""

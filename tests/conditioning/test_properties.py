@@ -212,3 +212,21 @@ def test_full_moves_every_table(
 def test_coefficients_belong_to_the_outer_conditioner() -> None:
     with pytest.raises(ValueError, match="give them to SoftPrompt, not to LoRA"):
         SoftPrompt(LoRA(coefficients=Scaled(shared="constant")))
+
+
+@pytest.mark.parametrize("name", VANISHING)
+def test_one_reward_and_many_alphas(tiny_folder: Callable[..., Path], name: str) -> None:
+    policy = Policy(double(tiny_folder("llama")), CONDITIONERS[name]())
+    policy.build(["only"])
+    for parameter in policy.trained_parameters().values():
+        parameter.data.normal_(std=0.05)
+    preference = Preference(torch.ones(3, 1), torch.tensor([0.1, 0.5, 0.9]))
+    batch = prompt_batch(["hello"] * 3, preference)
+    rollout = TransformersEngine().generate(policy, batch, 1, Sampling(4))
+    same = rollout.response_ids[:1].expand(3, -1)
+    rollout = replace(rollout, response_ids=same, response_mask=torch.ones_like(same).bool())
+    logp, by_row = gradients(policy, rollout)
+    alone = [gradients(policy, rollout.select(torch.tensor([row]))) for row in range(3)]
+    torch.testing.assert_close(logp, torch.cat([a[0] for a in alone]), atol=1e-5, rtol=1e-5)
+    assert_same(by_row, {key: sum((a[1][key] for a in alone), torch.zeros(())) for key in by_row})
+    assert (logp[0] - logp[2]).abs().max() > 1e-3  # alpha is the dial

@@ -147,6 +147,14 @@ def test_another_engine_answers_for_the_same_dial(tiny_folder: Callable[..., Pat
     assert steerable.generate(PROMPTS, GRID[-1], 0.1, temperature=0).completions == (
         corner.completions
     )
+    rollout = steerable.generate(PROMPTS, WEIGHTS, 0.1)
+    mask, own = rollout.response_mask, rollout.logp
+    assert own is not None
+    mixture = steerable.logprobs(rollout)
+    torch.testing.assert_close(mixture[mask], own[mask], atol=1e-4, rtol=0)
+    with torch.no_grad(), steerable.policy.conditioned(rollout.preference):
+        conditioned = steerable.policy.logprobs(rollout)
+    assert (conditioned - mixture)[mask].abs().max() > 1e-3
 
 
 def test_preferences_are_given_by_name(tiny_folder: Callable[..., Path]) -> None:
