@@ -74,7 +74,7 @@ class FrontSweep(LightningModule):
     @property
     def decoding(self) -> dict[str, Any]:
         """Under which decoding fronts are measured."""
-        return self.sampling.to_dict()
+        return {"engine": type(self.engine).__name__, **self.sampling.to_dict()}
 
     def cost_report(self) -> dict[str, float | None]:
         """What training has cost so far, and what an answer takes; None is unknown.

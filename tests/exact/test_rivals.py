@@ -75,6 +75,7 @@ def test_mod(soups: tuple[Path, dict[str, Any]]) -> None:
     assert [first, second] == pytest.approx([gaps(front)[0], gaps(front)[2]], abs=1e-5)
     assert abs(centre - gaps(front)[1]) > 1e-4
     assert mixed["cost"]["forwards"] == 2
+    assert mixed["decoding"]["engine"] == "MOD"
 
 
 def test_dera(soups: tuple[Path, dict[str, Any]]) -> None:
