@@ -127,6 +127,11 @@ def test_measuring_is_the_same_alone_and_together(meter: Meter) -> None:
     assert meter.quantities == [*NAMES, "kl", "length"]
     assert float(together[0].cells[:, 2].abs().min()) > 1e-3
     torch.testing.assert_close(together[2].cells[:, 2], torch.zeros(6).double(), atol=1e-5, rtol=0)
+    meter.with_kl = False
+    (without,) = meter.measure(grid[:1])
+    assert without.cells[:, 2].isnan().all()
+    rest = [0, 1, 3]
+    torch.testing.assert_close(without.cells[:, rest], together[0].cells[:, rest])
 
 
 def test_measured_numbers_are_means_over_the_responses_of_a_prompt(meter: Meter) -> None:
@@ -163,7 +168,7 @@ def test_the_command(tiny_folder: Callable[..., Path], tmp_path: Path, capsys: A
     capsys.readouterr()
     asked = ["pick", "--ckpt", str(tmp_path / "run"), "--maximize", "short"]
     asked += ["--search_prompts", "4", "--check_prompts", "4", "--evaluations", "3"]
-    run([*asked, "--where", "kind>=-1,length<=9"])
+    run([*asked, "--where", "kind>=-1,kl<=9"])
     shown = capsys.readouterr().out
     assert "pick: --weights kind=" in shown
     assert "On 4 held-out prompts" in shown

@@ -36,7 +36,7 @@ def pick(
     search_prompts: int = 48,
     check_prompts: int = 96,
     samples: int = 1,
-    evaluations: int = 20,
+    evaluations: int = 16,
     alphas: list[float] | None = None,
     margin: float = 1.64,
     rows: int = 128,
@@ -80,9 +80,10 @@ def pick(
     policy = SteerablePolicy.from_pretrained(ckpt, base=base, device=device)
     low_high = _alphas(policy, alphas)
     settings: dict[str, Any] = {"samples": samples, "rows": rows, "seed": seed}
+    needs_kl = "kl" in (maximize, *(wish.quantity for wish in wishes))
     half = (len(search_batch) + 1) // 2
     meter, confirm = (
-        Meter(policy, rewards, search_batch.select(part), **settings)
+        Meter(policy, rewards, search_batch.select(part), with_kl=needs_kl, **settings)
         for part in (range(half), range(half, len(search_batch)))
     )
     starts = _starts(policy, maximize, wishes, low_high)

@@ -65,6 +65,7 @@ class Meter:
         samples: Responses per prompt and preference.
         rows: Responses that are sampled at once.
         seed: Key of all draws.
+        with_kl: Measure the KL, which asks the reference too; else it is NaN.
     """
 
     def __init__(
@@ -75,10 +76,11 @@ class Meter:
         samples: int = 1,
         rows: int = 128,
         seed: int = 0,
+        with_kl: bool = True,
     ) -> None:
         rewards.check_columns(list(batch.columns))
         self.policy, self.rewards, self.batch, self.samples = policy, rewards, batch, samples
-        self.rows = max(1, rows // samples)
+        self.rows, self.with_kl = max(1, rows // samples), with_kl
         self.sampling = Sampling(
             policy.trained.max_new_tokens, policy.trained.temperature, seed=seed
         )
@@ -108,9 +110,11 @@ class Meter:
         assert batch.preference is not None
         batch = replace(batch, preference=batch.preference.to(policy.policy.model.device))
         rollout = policy.engine.generate(policy.policy, batch, self.samples, self.sampling)
-        logp = policy.logprobs(rollout) if rollout.logp is None else rollout.logp
-        ratio = log_ratio(logp, policy.reference_logprobs(rollout))
-        kl = masked_sum(ratio, rollout.response_mask)
+        kl = torch.full((len(rollout),), torch.nan)
+        if self.with_kl:
+            logp = policy.logprobs(rollout) if rollout.logp is None else rollout.logp
+            ratio = log_ratio(logp, policy.reference_logprobs(rollout))
+            kl = masked_sum(ratio, rollout.response_mask)
         raw = self.rewards(rollout).raw
         columns = [*raw.double().unbind(-1), kl.double(), rollout.lengths.double()]
         numbers = torch.stack([column.cpu() for column in columns], -1)

@@ -132,7 +132,7 @@ def find_preference(
     starts: Preference,
     alphas: tuple[float, float],
     *,
-    evaluations: int = 20,
+    evaluations: int = 16,
     margin: float = 1.64,
 ) -> list[Measured]:
     """Everything that was measured on the way, best first.

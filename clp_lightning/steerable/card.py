@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCardData, hf_hub_download
 
 from ..pretrained import Pretrained, locate
 from .trained import Trained
@@ -128,10 +128,15 @@ def _row(
 
 
 def base_licence(base: Pretrained) -> str | None:
-    """The licence that the card beside the base names; None where none does."""
+    """The licence that the base's own card names; None where there is no card, or none named."""
     card = locate(base) / "README.md"
     if not card.is_file():
-        return None
+        if Path(base.name).expanduser().is_dir() or "/" not in base.name:
+            return None
+        try:
+            card = Path(hf_hub_download(base.name, "README.md", revision=base.revision))
+        except (OSError, ValueError):  # not there, or no network
+            return None
     header = card.read_text(errors="replace").split("\n---", 1)[0]
     found = re.search(r"^license:\s*['\"]?([\w.+-]+)", header, re.MULTILINE)
     return found[1] if found else None
