@@ -39,7 +39,7 @@ def make_steerable(
         conditioner=describe(policy.conditioner),
         encoding=describe(policy.encoding)["init_args"],
         temperature=policy.temperature,
-        state={name: p.detach() for name, p in policy.trained_parameters().items()},
+        state={},
         **(settings | options),
     )
     return SteerablePolicy(policy, trained)

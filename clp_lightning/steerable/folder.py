@@ -34,7 +34,7 @@ def write_folder(folder: Path, policy: Policy, trained: Trained, version: str) -
 
     Args:
         folder: An empty or missing one, or one that this function wrote.
-        policy: The policy itself.
+        policy: The policy itself, with the weights.
         trained: What it is.
         version: Of this library.
 
@@ -50,7 +50,7 @@ def write_folder(folder: Path, policy: Policy, trained: Trained, version: str) -
             "rename one."
         )
     _prepare(folder)
-    rest = dict(trained.state)
+    rest = {name: parameter.detach() for name, parameter in policy.trained_parameters().items()}
     for name, layers in adapters.items():
         check_reward_name(name)
         save_adapter(

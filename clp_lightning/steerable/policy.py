@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ class SteerablePolicy:
         """
         trained = _read(path, revision, trust_remote_code).on_base(base)
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(trained.build().to(place), trained, engine)
+        policy = trained.build().to(place)
+        return cls(policy, replace(trained, state={}), engine)  # the policy has it now
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a folder that ``from_pretrained`` reads and that can go to the hub.
@@ -97,9 +99,6 @@ class SteerablePolicy:
         self._save(Path(folder), place=Path(folder).name)
 
     def _save(self, folder: Path, place: str) -> None:
-        # The state as it is now: weights may have moved since.
-        state = {name: p.detach() for name, p in self.policy.trained_parameters().items()}
-        self.trained.state = state
         write_folder(folder, self.policy, self.trained, __version__)
         lora = lora_of(self.policy.conditioner)
         adapters = [] if lora is None else list(lora.adapters())

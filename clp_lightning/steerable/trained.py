@@ -33,7 +33,7 @@ class Trained:
             checkpoint has none.
         alpha_range: Least and largest alpha that was trained; None where it is not known.
         front: The contents of front.json; None where none was measured.
-        state: Trained tensors by their names in the policy.
+        state: Trained tensors by their names in the policy; empty once it is built.
     """
 
     pretrained: Pretrained

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from clp_lightning import MOD, LoRA, Mixture, Preference, SteerablePolicy
+from clp_lightning import (
+    MOD,
+    LoRA,
+    Mixture,
+    Preference,
+    PromptText,
+    SoftPrompt,
+    SteerablePolicy,
+)
 from clp_lightning.conditioning import Conditioner
 from clp_lightning.policy.scoring import score_full
 from tests.helpers import NAMES
@@ -28,8 +36,11 @@ NEAR_TIE = 1e-4
         ("llama", Mixture("full")),
         ("t5", Mixture("full")),  # its position table has no row axis: one preference at a time
         ("t5_v1_1", LoRA(rank=2, shared_rank=2)),
+        ("gpt2", Mixture("logits")),
+        ("llama", SoftPrompt()),
+        ("llama", PromptText()),
     ],
-    ids=["llama-lora", "gpt2-attention", "llama-full", "t5-full", "t5_v1_1-lora"],
+    ids=["lora", "attention", "full", "t5-full", "t5_v1_1-lora", "logits", "soft", "text"],
 )
 def test_eight_preferences_in_a_batch_are_eight_single_answers(
     kind: str, conditioner: Conditioner, tiny_folder: Callable[..., Path]
