@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from .functional import parse_weights
 from .metrics import Grid
 from .steerable import SteerablePolicy
+from .tables import print_table
 from .types import Prompt
 
 __all__ = ["steer"]
@@ -153,8 +153,7 @@ class _Dial:
         table.add_row(*["reference", *[""] * (len(names) - 1)], Text(reference.completions[0]))
         for row, completion in zip(each, rollout.completions, strict=True):
             table.add_row(*(f"{row[name]:.2f}" for name in names), Text(completion))
-        console = Console()
-        (console if console.is_terminal else Console(width=120)).print(table)
+        print_table(table)
 
     def converse(self, answer: Callable[[Any], None]) -> None:
         """Answers lines from the keyboard until an empty one."""

@@ -14,10 +14,10 @@ import pandas as pd
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from rich.console import Console
 from rich.table import Table
 
 from ..functional import dial_criteria
+from ..tables import point_cells, point_label, print_table
 from .checkpoint import save_first
 from .loggers import log_figure
 from .plots import plot_front
@@ -198,25 +198,18 @@ def _print_table(front: dict[str, Any]) -> None:
         table.add_column(heading, justify="right")
 
     def add(label: str, alpha: str, point: dict[str, Any], value: float | None) -> None:
-        numbers = [point["rewards"][name] for name in names]
-        numbers += [point["kl"], point["length"], value]
-        cells = ["-" if number is None else f"{number:.3g}" for number in numbers]
-        table.add_row(label, alpha, *cells)
+        table.add_row(label, alpha, *point_cells(point, names, value))
 
     known = [point["value_reference"] for point in points if point["value_reference"] is not None]
     add("reference", "", front["reference"], sum(known) / len(known) if known else None)
     for point in points[:_MAX_ROWS]:
-        label = " / ".join(f"{point['weights'][name]:.2f}" for name in names)
-        add(label, f"{point['alpha']:g}", point, point["value"])
+        add(point_label(point, names), f"{point['alpha']:g}", point, point["value"])
     if len(points) > _MAX_ROWS:
         table.caption = f"{len(points) - _MAX_ROWS} more in front.csv"
-    # A file or a pipe has no width of its own.
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)
-    console.print(table)
+    print_table(table)
     if front["metrics"]["steering_gain"]["mean"] is None:
-        console.print("dial: none (one preference, or too few prompts)")
+        print("dial: none (one preference, or too few prompts)")
         return
     criteria = dial_criteria(front["metrics"])
     failed = ", ".join(name.replace("_", " ") for name, met in criteria.items() if not met)
-    console.print(f"dial: fails on {failed}" if failed else "dial: passes")
+    print(f"dial: fails on {failed}" if failed else "dial: passes")

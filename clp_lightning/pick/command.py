@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule
-from rich.console import Console
 from rich.table import Table
 
 from ..described import rebuild
@@ -19,6 +18,7 @@ from ..metrics import Estimate, Grid
 from ..rewards import Reward, RewardBank
 from ..steerable import SteerablePolicy
 from ..steerable.checkpoint import read_rewards, run_folder
+from ..tables import print_table
 from ..types import Preference, PromptBatch
 from .measure import FURTHER, Measured, Meter, first_prompts
 from .search import Wish, check_quantity, find_preference, parse_wishes
@@ -196,8 +196,7 @@ def _report(
         interval = "-" if estimate.low is None else f"[{estimate.low:.3g}, {estimate.high:.3g}]"
         table.add_row(quantity, mean, interval, ", ".join(wanted), ", ".join(verdicts))
     print(f"pick: {_options(names, checked.preference)}")
-    console = Console()
-    (console if console.is_terminal else Console(width=100)).print(table)
+    print_table(table)
 
 
 def _verdict(wish: Wish, estimate: Estimate) -> str:

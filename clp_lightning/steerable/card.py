@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, hf_hub_download
 
 from ..pretrained import Pretrained, locate
+from ..tables import point_cells, point_label
 from .trained import Trained
 
 __all__ = ["PICTURE", "base_licence", "model_card"]
@@ -102,10 +103,10 @@ def _front(front: dict[str, Any]) -> str:
     """The table of a front, the picture above it where there is one."""
     names = front["rewards"]
     head = ["", "alpha", *names, "KL", "length", "V"]
-    rows = [_row("reference", "", front["reference"], names, None)]
+    rows = [["reference", "", *point_cells(front["reference"], names, None)]]
     for point in front["points"]:
-        label = " / ".join(f"{point['weights'][name]:.2f}" for name in names)
-        rows.append(_row(label, f"{point['alpha']:g}", point, names, point["value"]))
+        label, alpha = point_label(point, names), f"{point['alpha']:g}"
+        rows.append([label, alpha, *point_cells(point, names, point["value"])])
     lines = [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]]
     decoding = front.get("decoding", {})
     note = ", ".join(f"{name} {value}" for name, value in decoding.items())
@@ -118,13 +119,6 @@ def _front(front: dict[str, Any]) -> str:
 
 
 PICTURE = "front.png"
-
-
-def _row(
-    label: str, alpha: str, point: dict[str, Any], names: list[str], value: float | None
-) -> list[str]:
-    numbers = [point["rewards"][name] for name in names] + [point["kl"], point["length"], value]
-    return [label, alpha, *("-" if number is None else f"{number:.3g}" for number in numbers)]
 
 
 def base_licence(base: Pretrained) -> str | None:
