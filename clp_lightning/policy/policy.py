@@ -189,29 +189,33 @@ class Policy(nn.Module):
     @torch.no_grad()
     def prompt_states(self, rollout: Rollout) -> Tensor:
         """What the reference's output layer reads at the end of each prompt, shape (B, d)."""
-        ids, mask = rollout.input_ids, rollout.prompt_mask
-        if rollout.reference_input_ids is not None:
-            assert rollout.reference_prompt_mask is not None
-            ids, mask = rollout.reference_input_ids, rollout.reference_prompt_mask
-        groups = rollout.prompt_ids.unique(return_inverse=True)[1].to(ids.device)
-        first = first_of_group(groups)
         seen: list[Tensor] = []
         output: nn.Module = self.model.get_output_embeddings()
         hook = output.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1]))
         try:
-            with self.reference(), self.eval_mode(), self.rows(first):
-                read_prompt(self.model, ids[first], mask[first])
+            with self.reference():
+                ids, mask, groups = self._prompts_read(rollout)
+                first = first_of_group(groups)
+                with self.eval_mode(), self.rows(first):
+                    read_prompt(self.model, ids[first], mask[first])
         finally:
             hook.remove()
         return seen[0][groups]
 
-    def _score(self, rollout: Rollout, readout: Readout) -> Tensor:
+    def _prompts_read(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids and mask of the prompts that who answers now reads, and who shares them."""
         ids, mask, groups = rollout.input_ids, rollout.prompt_mask, rollout.groups
-        if self.is_reference:  # it reads a prompt once, whatever the preferences
-            groups = rollout.prompt_ids.unique(return_inverse=True)[1].to(ids.device)
-        if self.is_reference and rollout.reference_input_ids is not None:
+        if not self.is_reference:
+            return ids, mask, groups
+        # The reference reads a prompt once, whatever the preferences.
+        groups = rollout.prompt_ids.unique(return_inverse=True)[1].to(ids.device)
+        if rollout.reference_input_ids is not None:
             assert rollout.reference_prompt_mask is not None
             ids, mask = rollout.reference_input_ids, rollout.reference_prompt_mask
+        return ids, mask, groups
+
+    def _score(self, rollout: Rollout, readout: Readout) -> Tensor:
+        ids, mask, groups = self._prompts_read(rollout)
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         share = self.share_prompts
         if share is None:
