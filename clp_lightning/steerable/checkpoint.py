@@ -29,8 +29,7 @@ def read_checkpoint(run: str | Path) -> Trained:
         FileNotFoundError: there is no checkpoint.
         ValueError: it is not one of a policy with a dial.
     """
-    file = checkpoint_file(run)
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    file, checkpoint = _load(run)
     identity = checkpoint.get("clp_lightning")
     if identity is None:
         raise ValueError(f"{file} was not written by clp_lightning; give one of a CLP run.")
@@ -66,12 +65,17 @@ def read_rewards(run: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no checkpoint.
         ValueError: its module had no argument ``rewards``.
     """
-    file = checkpoint_file(run)
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    file, checkpoint = _load(run)
     rewards: dict[str, Any] | None = checkpoint.get("hyper_parameters", {}).get("rewards")
     if not rewards:
         raise ValueError(f"{file} does not say which rewards it was trained with.")
     return rewards
+
+
+def _load(run: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint's file and contents; of tensors that nobody uses, nothing is read."""
+    file = checkpoint_file(run)
+    return file, torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _older(settings: dict[str, Any]) -> dict[str, Any]:
