@@ -15,7 +15,8 @@ _DIGITS = 2
 class ExactPromptText(PromptText):
     """Writes every weight but the last, and alpha, as two digits in front of the prompt.
 
-    The digits are the task's tokens, so a number is written in steps of 1 / (V^2 - 1).
+    The digits are the V tokens that may stand in a prompt, so a number is written in steps of
+    1 / (V^2 - 1).
 
     Args:
         task: The same as the data's.
