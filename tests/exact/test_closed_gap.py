@@ -39,8 +39,8 @@ def test_a_tenth_of_the_steps_closes_most_of_the_gap(
     config: str, mean: float, worst: float, tmp_path: Path
 ) -> None:
     gap = closed_gap(config, tmp_path, "--trainer.max_steps", "300")
-    assert gap["mean"] > mean  # seed 0: 0.972, and 0.947 with a stop token
-    assert gap["min"] > worst  # 0.922 and 0.901
+    assert gap["mean"] > mean  # seed 0: 0.971, and 0.947 with a stop token
+    assert gap["min"] > worst  # 0.921 and 0.901
 
 
 @pytest.mark.slow

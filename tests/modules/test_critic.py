@@ -15,7 +15,7 @@ from tests.runs import make_data, make_module, make_trainer
 
 
 def test_loss_by_hand() -> None:
-    predicted = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 0.0]])
+    predicted = torch.tensor([[1.0, 5.0, 2.0], [0.0, 0.0, 0.0]])
     signals = torch.tensor([[3.0, float("nan"), 1.0], [1.0, 1.0, 0.0]])
     # (4 + 1 + 1 + 1) / 2 over 4 responses; what was not scored teaches nothing.
     assert Critic.loss(predicted, signals, num_responses=4) == pytest.approx(7 / 8)
