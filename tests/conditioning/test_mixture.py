@@ -36,3 +36,16 @@ def test_split_leaves_the_input_table_alone(tiny_folder: Callable[..., Path]) ->
     table = policy.model.transformer.wte.weight
     assert torch.equal(state["transformer.wte.weight"], table)
     assert not torch.equal(state["lm_head.weight"], table)
+
+
+def test_merge_never_mixes_rows(tiny_folder: Callable[..., Path]) -> None:
+    two = Preference(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([0.1, 0.1]))
+    for mixing in ("auto", "merge"):
+        conditioner = build_policy(tiny_folder("llama"), Mixture(mixing=mixing)).conditioner
+        assert conditioner.one_preference_per_batch
+        if mixing == "auto":
+            with conditioner.rows(two):
+                assert len(conditioner.scope.coefficients) == 2
+        else:
+            with pytest.raises(ValueError, match="mixing is 'merge'"):
+                conditioner.rows(two)

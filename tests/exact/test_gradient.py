@@ -93,6 +93,15 @@ def group_mean(values: Tensor) -> Tensor:
     return grouped.mean(1, keepdim=True).expand_as(grouped).flatten(0, 1)
 
 
+class WithoutOwnKL(CLPModule):
+    """Of the KL over the vocabulary, only what the later tokens have."""
+
+    def further_losses(
+        self, kl: Tensor, signals: Tensor, rollout: Rollout, *, num_responses: float
+    ) -> Tensor:
+        return super().further_losses(kl.detach(), signals, rollout, num_responses=num_responses)
+
+
 class Projections(Callback):
     """What every optimizer step sees of V's gradient, along each direction."""
 
@@ -279,9 +288,11 @@ def test_every_conditioner_baseline_and_kl(
     assert (comparison.error.abs() < 4 * comparison.standard_error).all(), comparison
 
 
-@pytest.mark.parametrize("stop", [False, True], ids=["fixed", "stop"])
+@pytest.mark.parametrize(
+    ("stop", "kl"), [(False, "sampled"), (True, "sampled"), (True, "vocabulary")]
+)
 def test_gradient_is_that_of_the_objective(
-    stop: bool, base_folder: Callable[[ExactTask], Path], tmp_path: Path
+    stop: bool, kl: str, base_folder: Callable[[ExactTask], Path], tmp_path: Path
 ) -> None:
     task = ExactTask(stop=stop)
     # Whatever the model's own file says about sampling: only its stop ids count.
@@ -289,7 +300,7 @@ def test_gradient_is_that_of_the_objective(
     path = folder / "generation_config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({**config, "do_sample": True, "top_k": 3}))
-    comparison = compare(CLPModule, task, folder, tmp_path, PASSES)
+    comparison = compare(CLPModule, task, folder, tmp_path, PASSES, kl=kl)
     assert comparison.precise, comparison
     assert comparison.agrees, comparison
 
@@ -302,6 +313,7 @@ def test_gradient_is_that_of_the_objective(
         (DividedByDeviation, False),
         (CutSampler, False),
         (TokenMean, True),
+        (WithoutOwnKL, True),
     ],
 )
 def test_wrong_gradients_are_seen(
@@ -311,6 +323,7 @@ def test_wrong_gradients_are_seen(
     tmp_path: Path,
 ) -> None:
     task = ExactTask(stop=stop)
-    comparison = compare(kind, task, base_folder(task), tmp_path, PASSES_OF_WRONG)
+    kl = "vocabulary" if kind is WithoutOwnKL else "sampled"
+    comparison = compare(kind, task, base_folder(task), tmp_path, PASSES_OF_WRONG, kl=kl)
     assert comparison.precise, comparison
     assert not comparison.agrees, comparison

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from clp_lightning import CLPCallback, Fixed, FixedAlpha, LoRA, Pretrained
+from clp_lightning import CLPCallback, Fixed, FixedAlpha, LoRA, Mixture, Pretrained
 from clp_lightning.conditioning import Weights
 from tests.helpers import prompt_batch
 from tests.modules.gradients import assert_same, by_hand, gradient_by_hand, gradients, mean, of_copy
@@ -63,6 +63,21 @@ def test_rollout_batches(per: Any, accumulate: int, base: Pretrained, tmp_path: 
     for step in range(len(found)):
         assert_same(found[step], expected[step])
     assert len(one.seen) == len(two.seen)
+
+
+def test_rows_mixed_in_training_are_merged_batches_of_one(base: Pretrained, tmp_path: Path) -> None:
+    mixed, rows = gradients(base, tmp_path, conditioner=Mixture(mixing="row"))
+    _, merged = gradients(
+        base,
+        tmp_path,
+        conditioner=Mixture(),
+        data={"batch_size": 1},
+        trainer={"accumulate_grad_batches": 2},
+    )
+    weights = mixed.seen[0][0].preference.weights
+    assert len(weights.unique(dim=0)) == 2  # a preference of its own for each prompt
+    for step in range(len(rows)):
+        assert_same(rows[step], merged[step])
 
 
 def test_rollout_batches_must_divide_the_window(base: Pretrained, tmp_path: Path) -> None:
