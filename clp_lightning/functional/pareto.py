@@ -29,39 +29,38 @@ def non_dominated(points: Tensor) -> Tensor:
 def hypervolume(points: Tensor, reference_point: Tensor) -> Tensor:
     """Volume that the points dominate above ``reference_point``, exact for any K.
 
-    By slicing along the last axis, recursively: G ** (K - 1) steps, meant for fronts of a few
+    By slicing along the last axis, recursively: G ** (K - 2) steps, meant for fronts of a few
     dozen points.
 
     Args:
-        points: Shape (G, K); a point that is not above the reference point adds nothing.
+        points: Shape (..., G, K); a point that is not above the reference point adds nothing.
         reference_point: Shape (K,).
 
     Returns:
-        A scalar; 0 without points.
+        Shape (...); 0 without points, NaN where a coordinate is NaN.
 
     Example:
         >>> hypervolume(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.zeros(2))
         tensor(3.)
     """
-    if len(points) == 0:
-        return points.new_zeros(())
-    return _volume((points - reference_point).clamp_min(0))
+    if points.shape[-2] == 0:
+        return points.new_zeros(points.shape[:-2])
+    volume = _volume((points - reference_point).clamp_min(0))
+    return volume.masked_fill(points.isnan().any((-1, -2)), float("nan"))
 
 
 def _volume(corners: Tensor) -> Tensor:
     """Volume of the union of boxes between 0 and the non-negative rows of ``corners``."""
     if corners.shape[-1] == 1:
-        return corners.max()
-    corners = corners[corners[:, -1].argsort(descending=True)]
-    heights = corners[:, -1] - torch.cat([corners[1:, -1], corners.new_zeros(1)])
+        return corners.amax((-1, -2))
+    order = corners[..., -1:].argsort(dim=-2, descending=True)
+    corners = corners.gather(-2, order.expand_as(corners))
+    last = corners[..., -1]
+    heights = last - torch.cat([last[..., 1:], torch.zeros_like(last[..., :1])], -1)
     if corners.shape[-1] == 2:
-        return (corners[:, 0].cummax(0).values * heights).sum()
-    slices = [
-        _volume(corners[: last + 1, :-1]) * height
-        for last, height in enumerate(heights)
-        if height > 0
-    ]
-    return torch.stack(slices).sum() if slices else corners.new_zeros(())
+        return (corners[..., 0].cummax(-1).values * heights).sum(-1)
+    slices = [_volume(corners[..., :n, :-1]) for n in range(1, corners.shape[-2] + 1)]
+    return (torch.stack(slices, -1) * heights).sum(-1)
 
 
 def expected_utility(rewards: Tensor, weights: Tensor) -> Tensor:

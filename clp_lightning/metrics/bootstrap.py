@@ -47,16 +47,20 @@ class Estimate:
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
-def resample_counts(num_prompts: int) -> Tensor:
-    """How often each resample draws each prompt; row 0 is the data, every prompt once.
+def resample_counts(number: int, *key: int) -> Tensor:
+    """How often each resample draws each of ``number`` prompts (or seeds).
+
+    Args:
+        number: N.
+        *key: Draws of other keys are independent; equal ones draw the same prompts.
 
     Returns:
-        Float64, shape (R + 1, N) with R = 1,000.
+        Float64, shape (R + 1, N) with R = 1,000; row 0 is the data, each once.
     """
-    drawn = torch.randint(num_prompts, (_RESAMPLES, num_prompts), generator=generator(_SEED))
-    counts = torch.zeros(_RESAMPLES, num_prompts, dtype=torch.float64)
+    drawn = torch.randint(number, (_RESAMPLES, number), generator=generator(_SEED, *key))
+    counts = torch.zeros(_RESAMPLES, number, dtype=torch.float64)
     counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-    return torch.cat([torch.ones(1, num_prompts, dtype=torch.float64), counts])
+    return torch.cat([torch.ones(1, number, dtype=torch.float64), counts])
 
 
 def cluster_means(cells: Tensor, counts: Tensor) -> Tensor:

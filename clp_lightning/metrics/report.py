@@ -28,6 +28,7 @@ from .samples import REFERENCE, FrontSamples, within_prompt_covariance
 
 __all__ = ["FrontReport"]
 
+_DIAL = ("steering_gain", "consistency", "envy")
 _SPLITS = 8  # halvings of the prompts that cross-fitted envy is averaged over
 
 
@@ -42,6 +43,11 @@ class FrontReport:
         names: The K rewards.
         grid: G rows.
         reference_point: Of the hypervolume, in normalised rewards, shape (K,).
+        means: Of the data and of every resample of the prompts; of the reference and every point;
+            see ``FrontSamples.cells``. Shape (R + 1, G + 1, 2K + 3).
+        values: V_u(p), the reference as first p, shape (R + 1, G, G + 1).
+        resampled: Each statistic on the data and on every resample, shape (R + 1,): value_gain;
+            with a dial steering_gain, and consistency and envy even where these say nothing.
     """
 
     def __init__(
@@ -61,12 +67,12 @@ class FrontReport:
         # Per column, because a point lacks a prompt only where a run was cut short.
         self._n = (~cells[..., 2 * k].isnan()).sum(0)
         counts = resample_counts(self._num_prompts)
-        resampled = cluster_means(cells, counts)  # (R + 1, G + 1, 2K + 3); row 0 is the data
-        self._means = resampled[0]
-        self._values = self._value_matrix(resampled)  # (R + 1, G, G + 1)
-        self._gains = (self._own(self._values) - self._values[..., 0]).mean(-1)  # (R + 1,)
-
-        self.value_gain = Estimate.of(self._gains, self._num_prompts)
+        self.means = cluster_means(cells, counts)
+        self._means = self.means[0]
+        self.values = self._value_matrix(self.means)
+        gains = (self.own_values - self.values[..., 0]).mean(-1)
+        self.resampled = {"value_gain": gains}
+        self.value_gain = Estimate.of(gains, self._num_prompts)
         self.steering_gain = self.consistency = self.envy = Estimate()
         self.predicted_gain: float | None = None
         if has_dial(self.grid):
@@ -78,26 +84,33 @@ class FrontReport:
         k = len(self.names)
         return value_matrix(means[..., k : 2 * k], means[..., 2 * k], preference=self.grid)
 
-    @staticmethod
-    def _own(values: Tensor) -> Tensor:
-        """V_u(p_u), shape (..., G)."""
-        return values[..., 1:].diagonal(dim1=-2, dim2=-1)
+    @property
+    def own_values(self) -> Tensor:
+        """V_u(p_u), shape (R + 1, G)."""
+        return self.values[..., 1:].diagonal(dim1=-2, dim2=-1)
 
     def _judge_dial(self, cells: Tensor, counts: Tensor) -> None:
         """Steering gain, consistency and envy, each where it is defined."""
-        values = self._values[..., 1:]
-        self.steering_gain = Estimate.of(steering_gain(values), self._num_prompts)
+        values, gains = self.values[..., 1:], self.resampled["value_gain"]
+        self.resampled |= {
+            "steering_gain": steering_gain(values),
+            "consistency": consistency(values),
+            "envy": self._envy(cells, counts),
+        }
+        estimates = {name: Estimate.of(self.resampled[name], self._num_prompts) for name in _DIAL}
+        self.steering_gain = estimates["steering_gain"]
         covariance = within_prompt_covariance(self.samples.at(REFERENCE))
-        self.predicted_gain = _number(predicted_gain(self.grid, covariance, self._gains[0]))
+        self.predicted_gain = _number(predicted_gain(self.grid, covariance, gains[0]))
         # Ratios whose denominator may be 0 say nothing.
         if self.steering_gain.excludes_zero():
-            self.consistency = Estimate.of(consistency(values), self._num_prompts)
-        if self.value_gain.excludes_zero() and self._gains[0] > 0:
-            self.envy = Estimate.of(self._envy(cells, counts), self._num_prompts)
+            self.consistency = estimates["consistency"]
+        if self.value_gain.excludes_zero() and gains[0] > 0:
+            self.envy = estimates["envy"]
 
     def _envy(self, cells: Tensor, counts: Tensor) -> Tensor:
         """Cross-fitted envy of every resample, shape (R + 1,)."""
-        total = torch.zeros_like(self._gains)
+        gains = self.resampled["value_gain"]
+        total = torch.zeros_like(gains)
         for split in range(_SPLITS):
             # Prompts are split, not draws: no prompt may stand on both sides.
             order = torch.randperm(self._num_prompts, generator=generator(split))
@@ -106,29 +119,30 @@ class FrontReport:
                 self._value_matrix(cluster_means(cells, counts * half))[..., 1:]
                 for half in (first, 1 - first)
             ]
-            total += cross_fitted_envy(halves[0], halves[1], self._gains)
+            total += cross_fitted_envy(halves[0], halves[1], gains)
         return total / _SPLITS
+
+    def points_at(self, alpha: Tensor) -> Tensor:
+        """Normalised rewards of the points of one alpha, shape (R + 1, points, K)."""
+        k = len(self.names)
+        rows = (self.grid.alpha == alpha).nonzero().squeeze(-1)
+        return self.means[:, 1 + rows, k : 2 * k]
 
     def _hypervolume(self, alpha: Tensor) -> dict[str, float | None]:
         """Of the points of one alpha, and of the reference sampled as often as there are points."""
         k = len(self.names)
-        rows = (self.grid.alpha == alpha).nonzero().squeeze(-1)
-        points = self._means[1 + rows, k : 2 * k]
+        points = self.points_at(alpha)[0]
         # The best of G noisy points beats one by chance, so the reference gets G of them too.
         reference = self.samples.at(REFERENCE)
         drawn = []
-        for index in redraw_within_prompts(reference.prompt_id, len(rows)):
+        for index in redraw_within_prompts(reference.prompt_id, len(points)):
             redrawn = replace(reference, normalized=reference.normalized[index])
             drawn.append(redrawn.cells(0)[:, 0, k : 2 * k].nanmean(0))
         return {
             "alpha": round(alpha.item(), 6),
-            "value": self._volume(points),
-            "reference": self._volume(torch.stack(drawn)),
+            "value": _number(hypervolume(points, self.reference_point)),
+            "reference": _number(hypervolume(torch.stack(drawn), self.reference_point)),
         }
-
-    def _volume(self, points: Tensor) -> float | None:
-        """Hypervolume; None where a reward was never scored at a point."""
-        return None if points.isnan().any() else hypervolume(points, self.reference_point).item()
 
     def _describe(self, row: int) -> dict[str, Any]:
         """The means of a row of cells, by name."""
@@ -144,7 +158,7 @@ class FrontReport:
     def to_dict(self) -> dict[str, Any]:
         """What front.json says of the front itself; None is undefined."""
         k = len(self.names)
-        values, own = self._values[0], self._own(self._values[0])
+        values, own = self.values[0], self.own_values[0]
         asked = self.grid.to_dicts(self.names)
         points = [
             {
@@ -183,7 +197,7 @@ class FrontReport:
         k = len(self.names)
         volumes = [_float(volume["value"]) for volume in self.hypervolume]
         numbers = {
-            "value": _number(self._own(self._values[0]).mean()),
+            "value": _number(self.own_values[0].mean()),
             "value_gain": self.value_gain.mean,
             "steering_gain": self.steering_gain.mean,
             "consistency": self.consistency.mean,

@@ -49,7 +49,7 @@ class FrontSamples:
         first = rows.new_empty(len(unique)).scatter_reduce(
             0, inverse, rows, "amin", include_self=False
         )
-        return FrontSamples(*[getattr(self, f.name)[first] for f in fields(self)])
+        return self.select(first)
 
     def cells(self, num_points: int) -> Tensor:
         """Mean of every number over the samples of a prompt at a point; not-scored ones left out.
@@ -75,10 +75,18 @@ class FrontSamples:
         count = empty.index_add(0, cell, scored.double())
         return (total / count).reshape(len(ids), num_points + 1, -1)
 
+    @classmethod
+    def cat(cls, parts: Sequence[FrontSamples]) -> FrontSamples:
+        """Rows of several tables, one after the other."""
+        return cls(*[torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)])
+
+    def select(self, rows: Tensor) -> FrontSamples:
+        """The rows at ``rows``, an index or a mask."""
+        return FrontSamples(*[getattr(self, f.name)[rows] for f in fields(self)])
+
     def at(self, point: int) -> FrontSamples:
         """The rows of one point."""
-        rows = self.point == point
-        return FrontSamples(*[getattr(self, f.name)[rows] for f in fields(self)])
+        return self.select(self.point == point)
 
     def columns(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The table of front_samples.parquet, in the order of its columns."""
