@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from importlib import import_module
@@ -20,6 +21,7 @@ commands:
   steer      answers under a preference: to a prompt, a file, in a sweep, or interactively
   pick       finds the preference that has most of one reward and enough of the others
   export     one preference as a plain Hugging Face folder, or as one PEFT adapter
+  compare    several runs beside each other, in one table and one figure
 
   python -m clp_lightning COMMAND --help      options of a command
   python -m clp_lightning fit --config configs/quickstart.yaml
@@ -27,7 +29,7 @@ commands:
 """
 
 
-TOOLS = ("export", "pick", "steer")
+TOOLS = ("compare", "export", "pick", "steer")
 """Each is a function in the module of its name; it needs no Trainer."""
 COMMANDS = ("fit", "validate", "test", "predict", *TOOLS)
 
@@ -74,8 +76,27 @@ def _run_tool(name: str, *args: str) -> None:
         f"{arg}=true" if arg in switches and after not in ("true", "false") else arg
         for arg, after in zip(args, (*args[1:], ""), strict=True)
     ]
+    for parameter in parameters:
+        if parameter.annotation == "list[str]":  # it has no lists of bare arguments either
+            bare, said = _bare(said)
+            said += [f"--{parameter.name}={json.dumps(bare)}"] if bare else []
     prog = f"python -m clp_lightning {name}"
     auto_cli(function, args=said, as_positional=False, prog=prog)
+
+
+def _bare(args: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments that neither are an option nor follow one that has its value apart; the rest.
+
+    Example:
+        >>> _bare(["a", "--out", "b", "c", "--against=a"])
+        (['a', 'c'], ['--out', 'b', '--against=a'])
+    """
+    bare: list[str] = []
+    rest: list[str] = []
+    for before, arg in zip(("", *args), args, strict=False):
+        takes = before.startswith("--") and "=" not in before
+        (rest if takes or arg.startswith("-") else bare).append(arg)
+    return bare, rest
 
 
 if __name__ == "__main__":
