@@ -38,6 +38,7 @@ _HOME = {
     "Function": "rewards",
     "Gate": "conditioning",
     "Grid": "metrics",
+    "HardTask": "exact",
     "LoRA": "conditioning",
     "LogUniformAlpha": "callbacks",
     "MOD": "policy",

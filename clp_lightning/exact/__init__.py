@@ -4,6 +4,7 @@ from .base import build_base, task_tokenizer, train_base
 from .callback import ExactFrontCallback, exact_rewards
 from .data import ExactDataModule
 from .evaluate import enumeration_rollout, exact_gradient, exact_logp, exact_reference_logp
+from .hard import HardTask
 from .optimum import MAX_ALPHA, closed_gap, exact_value, optimum
 from .prompt import ExactPromptText
 from .rewards import ExactReward
@@ -16,6 +17,7 @@ __all__ = [
     "ExactPromptText",
     "ExactReward",
     "ExactTask",
+    "HardTask",
     "build_base",
     "closed_gap",
     "enumeration_rollout",

@@ -16,6 +16,8 @@ class ExactDataModule(PromptDataModule):
 
     A pass over the data holds every context several times, shuffled; the copies are different
     prompts, so their responses are drawn independently. Evaluation sees every context once.
+    Neither sees the task's unseen contexts: a front is of what was trained, and the closed gap
+    of ``ExactFrontCallback`` tells both kinds apart.
 
     Args:
         task: The task.
@@ -40,14 +42,13 @@ class ExactDataModule(PromptDataModule):
     ) -> None:
         if copies < 1:
             raise ValueError(f"copies must be at least 1, not {copies}.")
-        contexts = list(range(task.num_contexts))
+        contexts = (~task.unseen).nonzero().flatten().tolist()
+        prompts = [task.prompts[x] for x in contexts]
         super().__init__(
-            source=Dataset.from_dict(
-                {"prompt": task.prompts * copies, "context": contexts * copies}
-            ),
-            eval_source=Dataset.from_dict({"prompt": task.prompts, "context": contexts}),
+            source=Dataset.from_dict({"prompt": prompts * copies, "context": contexts * copies}),
+            eval_source=Dataset.from_dict({"prompt": prompts, "context": contexts}),
             batch_size=batch_size,
-            eval_batch_size=eval_batch_size or task.num_contexts,
+            eval_batch_size=eval_batch_size or len(contexts),
             num_workers=num_workers,
             seed=seed,
         )

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..functional.logprobs import masked_sum
 from ..policy import Engine, Policy, TransformersEngine
 from ..types import Preference, Rollout
 from .optimum import exact_value
 from .task import ExactTask
+from .tree import response_logp, walk
 
 __all__ = ["enumeration_rollout", "exact_gradient", "exact_logp", "exact_reference_logp"]
 
@@ -68,25 +68,34 @@ def exact_logp(
         policy: The policy, on any device.
         task: The task that its base belongs to.
         preference: G rows.
-        engine: What answers: ``MOD()``, say; the policy itself if None.
+        engine: What answers: ``MOD()``, say; the policy itself if None, and where an engine does
+            not say which voices it mixes.
 
     Returns:
         Float64 on the CPU, shape (G, X, S).
     """
-    engine = engine or TransformersEngine()
-    points = []
-    for row in range(len(preference)):
-        point = preference[row : row + 1]
-        for x in range(task.num_contexts):
-            rollout = enumeration_rollout(policy, task, point, [x])
-            logp = engine.logprobs(policy, rollout).double()
-            points.append(masked_sum(logp, rollout.response_mask).cpu())
-    return torch.stack(points).unflatten(0, (len(preference), -1))
+    preference = preference.to(policy.model.device)
+    voices, share = preference, None
+    if isinstance(engine, TransformersEngine):
+        voices, share = engine.voices(policy, preference)
+    rows, which = torch.cat([voices.weights, voices.alpha[:, None]], -1).unique(
+        dim=0, return_inverse=True
+    )
+    with torch.no_grad():
+        spoken = [walk(policy, task, Preference(row[None, :-1], row[-1:])) for row in rows]
+        points = []
+        for point, own in enumerate(which.reshape(len(preference), -1).tolist()):
+            after = spoken[own[0]]
+            if share is not None:
+                pairs = zip(share[point].tolist(), own, strict=True)
+                after = sum(exponent * spoken[i] for exponent, i in pairs).log_softmax(-1)
+            points.append(response_logp(task, after))
+    return torch.stack(points)
 
 
 def exact_reference_logp(policy: Policy, task: ExactTask) -> Tensor:
     """The same under the reference, shape (X, S)."""
-    return torch.stack([_reference_logp(policy, task, x) for x in range(task.num_contexts)])
+    return response_logp(task, walk(policy, task, None))
 
 
 def exact_gradient(
@@ -106,32 +115,9 @@ def exact_gradient(
     """
     rewards = task.rewards if rewards is None else rewards
     named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    total = {name: torch.zeros_like(p) for name, p in named.items()}
-    for x in range(task.num_contexts):
-        logp = _policy_logp(policy, task, preference, x)[None, None]
-        ref_logp = _reference_logp(policy, task, x)[None]
-        with torch.enable_grad():
-            value = exact_value(logp, ref_logp, rewards[x : x + 1], preference).sum()
-        grads = torch.autograd.grad(
-            value / task.num_contexts, list(named.values()), materialize_grads=True
-        )
-        for name, grad in zip(named, grads, strict=True):
-            total[name] += grad
-    return total
-
-
-def _policy_logp(policy: Policy, task: ExactTask, preference: Preference, context: int) -> Tensor:
-    """Log-probability of every response of one context, with gradient, shape (S,)."""
-    rollout = enumeration_rollout(policy, task, preference, [context])
-    with torch.enable_grad(), policy.conditioned(rollout.preference):
-        logp = policy.logprobs(rollout)
-    return masked_sum(logp.double(), rollout.response_mask).cpu()
-
-
-def _reference_logp(policy: Policy, task: ExactTask, context: int) -> Tensor:
-    # No preference reaches the reference, but a rollout has one.
-    anything = Preference.single([1.0 / task.num_rewards] * task.num_rewards, 1.0)
-    rollout = enumeration_rollout(policy, task, anything, [context])
-    with policy.reference():
-        logp = policy.logprobs(rollout)
-    return masked_sum(logp.double(), rollout.response_mask).cpu()
+    with torch.enable_grad():
+        logp = response_logp(task, walk(policy, task, preference))
+        ref_logp = exact_reference_logp(policy, task)
+        value = exact_value(logp[None], ref_logp, rewards, preference).mean()
+    grads = torch.autograd.grad(value, list(named.values()), materialize_grads=True)
+    return dict(zip(named, grads, strict=True))

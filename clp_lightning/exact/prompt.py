@@ -26,7 +26,7 @@ class ExactPromptText(PromptText):
     def __init__(self, task: ExactTask, rest: Conditioner | None = None) -> None:
         super().__init__(rest=rest)
         # The stop token may not stand in a prompt.
-        self._digits = task.tokens[: task.num_tokens - task.stop]
+        self._digits = task.tokens[: task.num_letters]
 
     def text(self, weights: Sequence[float], alpha: float) -> str:
         return "".join(f"{digit} " for x in [*weights[:-1], alpha] for digit in self._write(x))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -62,16 +63,20 @@ class ExactTask(Described):
                 f"length {self.length} with {self.num_tokens} tokens gives no list of 1 to "
                 f"{MAX_RESPONSES} responses; choose a smaller length of at least 1."
             )
-        letters = self.num_tokens - self.stop
-        pairs = letters * (letters - 1)
-        if not 1 <= self.num_contexts <= pairs:
-            raise ValueError(f"num_contexts must lie in 1..{pairs}, not {self.num_contexts}.")
+        most = self.max_contexts
+        if not 1 <= self.num_contexts <= most:
+            raise ValueError(f"num_contexts must lie in 1..{most}, not {self.num_contexts}.")
         if self.num_rewards < 1:
             raise ValueError(f"num_rewards must be at least 1, not {self.num_rewards}.")
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments, as plain data."""
-        return asdict(self)
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    @property
+    def num_letters(self) -> int:
+        """How many tokens may stand in a prompt, and go on with a response: all but the stop."""
+        return self.num_tokens - self.stop
 
     @property
     def tokens(self) -> list[str]:
@@ -91,12 +96,22 @@ class ExactTask(Described):
         """
         return self.num_tokens - 1
 
+    @property
+    def max_contexts(self) -> int:
+        """How many different prompts there are."""
+        return self.num_letters * (self.num_letters - 1)
+
+    @property
+    def unseen(self) -> Tensor:
+        """True for the contexts that no policy is trained on, shape (X,); here none."""
+        return torch.zeros(self.num_contexts, dtype=torch.bool)
+
     @cached_property
     def contexts(self) -> Tensor:
-        """Token ids of the prompts, all different, shape (X, 2)."""
+        """Token ids of the prompts, all different, shape (X, L)."""
         # No token twice: a model with relative positions cannot count tokens that are all alike,
         # so after the prompt "e e" it could not tell the responses "e" and "e e" apart.
-        pairs = torch.tensor(list(itertools.permutations(range(self.num_tokens - self.stop), 2)))
+        pairs = torch.tensor(list(itertools.permutations(range(self.num_letters), 2)))
         order = torch.randperm(len(pairs), generator=self._generator(CONTEXTS))
         return pairs[order[: self.num_contexts]]
 
@@ -143,16 +158,19 @@ class ExactTask(Described):
     @cached_property
     def rewards(self) -> Tensor:
         """Every reward of every response, float64, shape (X, S, K)."""
-        draw = self._generator(REWARDS)
         columns = []
-        for _ in range(self.num_rewards):
-            unary = torch.randn(self._table(), dtype=torch.float64, generator=draw)
-            pair = torch.randn(self._table(2), dtype=torch.float64, generator=draw)
-            singles = (unary[:, self.responses] * self.response_mask).sum(-1)
-            total = singles + self._sum_of_pairs(pair)
+        for total in self._raw_rewards():
             centred = total - total.mean(-1, keepdim=True)
             columns.append(centred / centred.square().mean(-1, keepdim=True).sqrt())
         return torch.stack(columns, dim=-1)
+
+    def _raw_rewards(self) -> Iterator[Tensor]:
+        """Each reward before it is standardised, shape (X, S)."""
+        draw = self._generator(REWARDS)
+        for _ in range(self.num_rewards):
+            unary = torch.randn(self._table(), dtype=torch.float64, generator=draw)
+            pair = torch.randn(self._table(2), dtype=torch.float64, generator=draw)
+            yield self._total(unary, pair)
 
     def rows(self, completion_ids: list[list[int]]) -> list[int]:
         """Rows of ``completion_ids`` in ``responses``.
@@ -174,6 +192,11 @@ class ExactTask(Described):
 
     def _table(self, tokens: int = 1) -> tuple[int, ...]:
         return (self.num_contexts, *(self.num_tokens,) * tokens)
+
+    def _total(self, unary: Tensor, pair: Tensor) -> Tensor:
+        """Sum of two tables, (X, V) and (X, V, V), over every response, shape (X, S)."""
+        singles = (unary[:, self.responses] * self.response_mask).sum(-1)
+        return singles + self._sum_of_pairs(pair)
 
     def _sum_of_pairs(self, table: Tensor) -> Tensor:
         """Sum over a response's adjacent pairs of ``table`` (X, V, V), shape (X, S)."""
