@@ -30,13 +30,10 @@ class _Judged:
     drawn method by method.
     """
 
-    def __init__(self, method: Method, reference_point: Sequence[float]) -> None:
-        self.label, self.runs = method.label, method.runs
-        self.reports = [
-            FrontReport(run.samples, run.names, run.grid, reference_point) for run in method.runs
-        ]
+    def __init__(self, method: Method, reports: Sequence[FrontReport]) -> None:
+        self.label, self.runs, self.reports = method.label, method.runs, reports
         self.grid, self.names = method.runs[0].grid, method.runs[0].names
-        self.reference_point = self.reports[0].reference_point
+        self.reference_point = reports[0].reference_point
         self.num_prompts = len(method.runs[0].samples.prompt_id.unique())
         # By label, so that a method's intervals do not depend on what stands beside it.
         key = zlib.crc32(method.label.encode())
@@ -82,6 +79,28 @@ class _Judged:
         return torch.stack(known) if len(known) == len(self.runs) else None
 
 
+class _Reference:
+    """What the references of all runs do on average: one baseline for all methods.
+
+    With each run's own, value gains would differ by the noise of their references' samples.
+    """
+
+    def __init__(self, reports: Sequence[FrontReport]) -> None:
+        self.reports = reports
+        self.values = torch.stack([r.values[..., 0] for r in reports]).mean(0)  # (R + 1, G)
+
+    def describe(self) -> dict[str, Any]:
+        """Mean rewards and length, and hypervolume by alpha."""
+        names = self.reports[0].names
+        means = torch.stack([report.means[0, 0] for report in self.reports]).mean(0)
+        volumes = zip(*[report.hypervolume for report in self.reports], strict=True)
+        return {
+            "rewards": {name: _number(means[i]) for i, name in enumerate(names)},
+            "length": _number(means[2 * len(names) + 1]),
+            "hypervolume": [_mean([each["reference"] for each in volume]) for volume in volumes],
+        }
+
+
 def compare_methods(compared: Compared, against: str | None = None) -> dict[str, Any]:
     """The contents of compare.json.
 
@@ -97,7 +116,14 @@ def compare_methods(compared: Compared, against: str | None = None) -> dict[str,
     if against is not None and against not in labels:
         raise ValueError(f"There is no '{against}' to test against; there are {', '.join(labels)}.")
     first = methods[0].runs[0]
-    judged = [_Judged(method, first.reference_point) for method in methods]
+    judged = [
+        _Judged(
+            method,
+            [FrontReport(r.samples, r.names, r.grid, first.reference_point) for r in method.runs],
+        )
+        for method in methods
+    ]
+    reference = _Reference([report for method in judged for report in method.reports])
     base = judged[labels.index(against) if against is not None else 0]
     return {
         "schema": 1,
@@ -111,45 +137,33 @@ def compare_methods(compared: Compared, against: str | None = None) -> dict[str,
             "renormalized": compared.renormalized,
         },
         "against": base.label,
-        "reference": _reference(judged[0]),
-        "methods": [_describe(method, base) for method in judged],
+        "reference": reference.describe(),
+        "methods": [_describe(method, base, reference) for method in judged],
         "warnings": compared.warnings,
     }
 
 
-def _reference(method: _Judged) -> dict[str, Any]:
-    """What the first method's references do, mean over its seeds."""
-    k = len(method.names)
-    means = method.mean([report.means[:, 0] for report in method.reports])[0]
-    return {
-        "rewards": _numbers(method.names, means[:k]),
-        "length": _number(means[2 * k + 1]),
-        "hypervolume": [
-            _mean([report.hypervolume[i]["reference"] for report in method.reports])
-            for i in range(len(method.reports[0].hypervolume))
-        ],
-    }
-
-
-def _describe(method: _Judged, base: _Judged) -> dict[str, Any]:
+def _describe(method: _Judged, base: _Judged, reference: _Reference) -> dict[str, Any]:
     """Everything about one method; "difference" is its own less that of ``base``."""
     return {
         "label": method.label,
         "runs": [{"name": run.name, "seed": run.seed, "engine": run.engine} for run in method.runs],
-        "metrics": {name: asdict(number) for name, number in _metrics(method, base).items()},
+        "metrics": {
+            name: asdict(number) for name, number in _metrics(method, base, reference).items()
+        },
         "closed_gap_by_seed": _by_seed(method.closed_gaps),
         "hypervolume": [_hypervolume(method, base, alpha) for alpha in method.grid.alpha.unique()],
-        "points": _points(method, base),
+        "points": _points(method, base, reference),
         "cost": _cost([run.cost for run in method.runs]),
     }
 
 
-def _metrics(method: _Judged, base: _Judged) -> dict[str, Estimate]:
+def _metrics(method: _Judged, base: _Judged, reference: _Reference) -> dict[str, Estimate]:
     """The numbers that are one for a whole front."""
     reports, k = method.reports, len(method.names)
     values = method.values
     found = {
-        "value_gain": method.estimate([r.resampled["value_gain"] for r in reports]),
+        "value_gain": Estimate.of((values - reference.values).mean(-1), method.num_prompts),
         "worst_value": Estimate.of(values[:, values[0].argmin()], method.num_prompts),
     }
     if method is not base:
@@ -192,12 +206,11 @@ def _hypervolume(method: _Judged, base: _Judged, alpha: Tensor) -> dict[str, Any
     return described
 
 
-def _points(method: _Judged, base: _Judged) -> list[dict[str, Any]]:
+def _points(method: _Judged, base: _Judged, reference: _Reference) -> list[dict[str, Any]]:
     """What a method reaches at every point of the grid."""
     reports, names = method.reports, method.names
     k, gaps = len(names), method.closed_gaps
     means = method.mean([report.means for report in reports])  # (R + 1, G + 1, 2K + 3)
-    start = method.mean([report.values[..., 0] for report in reports])
     values, differences = method.values, method.values - base.values
 
     def estimate(column: Tensor) -> dict[str, float | None]:
@@ -207,8 +220,8 @@ def _points(method: _Judged, base: _Judged) -> list[dict[str, Any]]:
         {
             **asked,
             "value": estimate(values[:, g]),
-            "value_reference": _number(start[0, g]),
-            "value_gain": estimate(values[:, g] - start[:, g]),
+            "value_reference": _number(reference.values[0, g]),
+            "value_gain": estimate(values[:, g] - reference.values[:, g]),
             "value_difference": None if method is base else estimate(differences[:, g]),
             "rewards": {name: estimate(means[:, g + 1, i]) for i, name in enumerate(names)},
             "kl": estimate(means[:, g + 1, 2 * k]),
@@ -245,7 +258,3 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _number(value: Tensor) -> float | None:
     return None if value.isnan() else value.item()
-
-
-def _numbers(names: Sequence[str], values: Tensor) -> dict[str, float | None]:
-    return {name: _number(value) for name, value in zip(names, values, strict=True)}

@@ -25,10 +25,11 @@ COSTS = {
 }
 
 _NOTES = """\
-**V** is the objective, averaged over the grid; *value gain* is V minus that of the reference,
-*worst V* the V of the point where it is least. *KL* (nats) and *length* (tokens) are means over the
-grid. The hypervolume is that of the points' mean normalised rewards above ({point}); that of the
-reference is of as many redraws of its responses as there are points.
+**V** is the objective, averaged over the grid; *value gain* is V minus that of the reference (mean
+of all runs' references, one baseline for all); *worst V* the V of the point where it is least. *KL*
+(nats) and *length* (tokens) are means over the grid. The hypervolume is that of the points' mean
+normalised rewards above ({point}); that of the reference is of as many redraws of its responses as
+there are points.
 
 Means over seeds, with 95 % intervals from 1,000 resamples: seeds are drawn with replacement, then
 prompts, each with its whole grid. All runs answered the same {prompts} prompts, so one draw serves
@@ -74,7 +75,7 @@ def _columns(comparison: Mapping[str, Any]) -> dict[str, tuple[str, list[Numbers
         at = f", alpha {alpha:g}" if len(alphas) > 1 else ""
         volumes = [method["hypervolume"][i] for method in methods]
         found[f"hypervolume{at}"] = f"hypervolume{at}", volumes
-        found[f"p{at}"] = f"p{at}", [v["p"] and {"mean": v["p"]} for v in volumes]
+        found[f"p{at}"] = f"p{at}", [_p(volume["p"]) for volume in volumes]
     for name, heading in (("kl", "KL"), ("length", "length")):
         found[name] = heading, [method["metrics"].get(name) for method in methods]
     return {
@@ -82,6 +83,11 @@ def _columns(comparison: Mapping[str, Any]) -> dict[str, tuple[str, list[Numbers
         for name, (heading, numbers) in found.items()
         if any(number and number["mean"] is not None for number in numbers)
     }
+
+
+def _p(value: float | None) -> Numbers:
+    """Three digits are all that 1,000 permutations tell."""
+    return {"mean": value and round(value, 3)}
 
 
 def flat_rows(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -104,19 +110,16 @@ def terminal_tables(comparison: Mapping[str, Any]) -> list[Table]:
     title = f"{comparison['prompts']} prompts, 95 % intervals"
     tables = [Table(title=title), Table(title="Cost of one seed")]
     for table in tables:
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for method in methods:
-            table.add_column(f"{method['label']} ({_seeds(method)})", justify="right")
+            table.add_column(method["label"], justify="right", overflow="fold")
+    tables[0].add_row("seeds", *(str(len(method["runs"])) for method in methods))
     for heading, numbers in _columns(comparison).values():
-        tables[0].add_row(heading, *(_shown(number) for number in numbers))
+        cells = [_shown(number).replace(" [", "\n[") for number in numbers]
+        tables[0].add_row(heading, *cells)
     for name, heading in COSTS.items():
         tables[1].add_row(heading, *(_count(method["cost"].get(name)) for method in methods))
     return tables
-
-
-def _seeds(method: Mapping[str, Any]) -> str:
-    number = len(method["runs"])
-    return f"{number} seed" if number == 1 else f"{number} seeds"
 
 
 def markdown(comparison: Mapping[str, Any], picture: bool) -> str:
@@ -207,7 +210,7 @@ def _units(comparison: Mapping[str, Any]) -> str:
 
     def listed(statistics: Mapping[str, Any]) -> str:
         return "; ".join(
-            f"{name} {pair[0]:.4g}, {pair[1]:.4g}" if pair else f"{name} never varies"
+            f"{name} {_rounded(*pair)}" if pair else f"{name} never varies"
             for name, pair in statistics.items()
         )
 
@@ -226,6 +229,11 @@ def _units(comparison: Mapping[str, Any]) -> str:
     )
 
 
+def _rounded(mean: float, std: float) -> str:
+    """Statistics that were worked out from float32."""
+    return f"{round(mean / std, 6) * std + 0:.4g}, {std:.4g}"
+
+
 def _runs(methods: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for method in methods:
@@ -238,7 +246,7 @@ def _runs(methods: Sequence[Mapping[str, Any]]) -> str:
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
 def _bold(number: Numbers) -> str:
@@ -250,7 +258,7 @@ def _bold(number: Numbers) -> str:
 def _shown(number: Numbers | None) -> str:
     """A mean with its interval, as many digits as the interval is worth."""
     mean, low, high = ((number or {}).get(part) for part in ("mean", "low", "high"))
-    if low is None or high is None:
+    if low is None or high is None or low == mean == high:
         return _number(mean)
     digits = 2
     while digits < 4 and high - low < 5 * 10.0**-digits:

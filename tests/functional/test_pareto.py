@@ -26,6 +26,19 @@ def test_hypervolume_agrees_with_moocore_on_200_fronts(k: int) -> None:
         assert hypervolume(points, reference).item() == pytest.approx(want, rel=1e-10, abs=1e-12)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_hypervolumes_of_many_fronts_at_once(k: int) -> None:
+    random = torch.Generator().manual_seed(k)
+    points = torch.randn(3, 4, 7, k, generator=random, dtype=torch.float64).round(decimals=1)
+    reference = torch.full((k,), -1.0, dtype=torch.float64)
+    want = torch.stack([hypervolume(front, reference) for front in points.flatten(0, 1)])
+    points[2, 3, 5, 0] = float("nan")
+    want[-1] = float("nan")
+    torch.testing.assert_close(
+        hypervolume(points, reference), want.reshape(3, 4), equal_nan=True, rtol=1e-12, atol=1e-12
+    )
+
+
 @pytest.mark.parametrize("k", [2, 3, 4])
 def test_non_dominated_agrees_with_moocore(k: int) -> None:
     random = torch.Generator().manual_seed(k)
