@@ -81,8 +81,8 @@ def on_grid(run: Run, first: Run) -> Run:
     target = torch.tensor([place[named(point, run.names)] for point in run.points])
     point = run.samples.point
     moved = torch.where(point == REFERENCE, REFERENCE, target[point.clamp_min(0)])
-    gap = None if run.closed_gap is None else run.closed_gap[target.argsort()]
-    return replace(run, grid=first.grid, closed_gap=gap, samples=replace(run.samples, point=moved))
+    gaps = {name: gap[target.argsort()] for name, gap in run.gaps.items()}
+    return replace(run, grid=first.grid, gaps=gaps, samples=replace(run.samples, point=moved))
 
 
 def statistics(samples: FrontSamples) -> Statistics:

@@ -43,8 +43,9 @@ def plot_comparison(comparison: Mapping[str, Any]) -> Figure:
         "value": "V (black: reference)",
         "value_difference": f"V minus that of {comparison['against']}",
         "closed_gap": "closed gap",
+        "closed_gap_unseen": "closed gap, unseen contexts",
     }
-    known = {name for m in methods for p in m["points"] for name in by_preference if p[name]}
+    known = {name for m in methods for p in m["points"] for name in by_preference if p.get(name)}
     panels = [*pairs, *((name,) for name in by_preference if name in known)]
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -96,7 +97,7 @@ def _draw_by_preference(ax: Axes, comparison: Mapping[str, Any], what: str) -> N
             ax.axhline(0, color=f"C{i}", linewidth=1)
             continue
         for j, (_, points) in enumerate(_by_alpha(method["points"], names)):
-            known = [point for point in points if point[what]]
+            known = [point for point in points if point.get(what)]
             x = _places(known, names)
             line = _LINES[j % len(_LINES)]
             each = [point[what] for point in known]

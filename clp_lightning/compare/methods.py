@@ -15,7 +15,7 @@ from ..metrics import Estimate, FrontReport
 from ..metrics.bootstrap import resample_counts
 from .permutation import permutation_test
 from .read import Compared
-from .runs import Method
+from .runs import GAPS, Method
 
 __all__ = ["compare_methods"]
 
@@ -73,10 +73,10 @@ class _Judged:
         return torch.stack(each)
 
     @property
-    def closed_gaps(self) -> Tensor | None:
-        """Of every run at every point, shape (S, G); None where a run does not know it."""
-        known = [run.closed_gap for run in self.runs if run.closed_gap is not None]
-        return torch.stack(known) if len(known) == len(self.runs) else None
+    def gaps(self) -> dict[str, Tensor]:
+        """Those of ``GAPS`` that all runs know, of every run at every point, (S, G) each."""
+        common = [name for name in GAPS if all(name in run.gaps for run in self.runs)]
+        return {name: torch.stack([run.gaps[name] for run in self.runs]) for name in common}
 
 
 class _Reference:
@@ -151,7 +151,7 @@ def _describe(method: _Judged, base: _Judged, reference: _Reference) -> dict[str
         "metrics": {
             name: asdict(number) for name, number in _metrics(method, base, reference).items()
         },
-        "closed_gap_by_seed": _by_seed(method.closed_gaps),
+        **{f"{name}_by_seed": _by_seed(gaps) for name, gaps in method.gaps.items()},
         "hypervolume": [_hypervolume(method, base, alpha) for alpha in method.grid.alpha.unique()],
         "points": _points(method, base, reference),
         "cost": _cost([run.cost for run in method.runs]),
@@ -181,11 +181,9 @@ def _metrics(method: _Judged, base: _Judged, reference: _Reference) -> dict[str,
             del found["envy"]
     for name, column in (("kl", 2 * k), ("length", 2 * k + 1)):
         found[name] = method.estimate([r.means[:, 1:, column].mean(-1) for r in reports])
-    gaps = method.closed_gaps
-    if gaps is not None:
-        found["closed_gap"] = method.over_seeds(gaps.nanmean(-1))
-        worst = gaps[~gaps.isnan()]
-        found["closed_gap_worst"] = Estimate(worst.min().item() if len(worst) else None)
+    for name, gaps in method.gaps.items():
+        found[name] = method.over_seeds(gaps.nanmean(-1))
+        found[f"{name}_worst"] = Estimate(_worst(gaps))
     return found
 
 
@@ -209,7 +207,7 @@ def _hypervolume(method: _Judged, base: _Judged, alpha: Tensor) -> dict[str, Any
 def _points(method: _Judged, base: _Judged, reference: _Reference) -> list[dict[str, Any]]:
     """What a method reaches at every point of the grid."""
     reports, names = method.reports, method.names
-    k, gaps = len(names), method.closed_gaps
+    k, gaps = len(names), method.gaps
     means = method.mean([report.means for report in reports])  # (R + 1, G + 1, 2K + 3)
     values, differences = method.values, method.values - base.values
 
@@ -226,22 +224,20 @@ def _points(method: _Judged, base: _Judged, reference: _Reference) -> list[dict[
             "rewards": {name: estimate(means[:, g + 1, i]) for i, name in enumerate(names)},
             "kl": estimate(means[:, g + 1, 2 * k]),
             "length": estimate(means[:, g + 1, 2 * k + 1]),
-            "closed_gap": None if gaps is None else asdict(method.over_seeds(gaps[:, g])),
+            **{name: asdict(method.over_seeds(gap[:, g])) for name, gap in gaps.items()},
         }
         for g, asked in enumerate(method.grid.to_dicts(names))
     ]
 
 
-def _by_seed(gaps: Tensor | None) -> list[dict[str, float | None]] | None:
+def _by_seed(gaps: Tensor) -> list[dict[str, float | None]]:
     """Mean and worst closed gap of every run."""
-    if gaps is None:
-        return None
-    return [
-        {"mean": _number(row.nanmean()), "worst": _number(row[~row.isnan()].amin(-1))}
-        if not row.isnan().all()
-        else {"mean": None, "worst": None}
-        for row in gaps
-    ]
+    return [{"mean": _number(row.nanmean()), "worst": _worst(row)} for row in gaps]
+
+
+def _worst(gaps: Tensor) -> float | None:
+    known = gaps[~gaps.isnan()]
+    return known.min().item() if len(known) else None
 
 
 def _cost(costs: Sequence[dict[str, float | None]]) -> dict[str, float | None]:

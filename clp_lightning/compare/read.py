@@ -146,13 +146,13 @@ def _united(runs: Sequence[Run]) -> Run:
         trained = run.samples.select(run.samples.point != REFERENCE)
         parts.append(replace(trained, point=trained.point + start))
         start += len(run.grid)
-    gaps = [run.closed_gap for run in runs if run.closed_gap is not None]
+    common = [name for name in first.gaps if all(name in run.gaps for run in runs)]
     return replace(
         first,
         name=" + ".join(run.name for run in runs),
         grid=Preference.cat([run.grid for run in runs]),
         samples=FrontSamples.cat(parts),
-        closed_gap=torch.cat(gaps) if len(gaps) == len(runs) else None,
+        gaps={name: torch.cat([run.gaps[name] for run in runs]) for name in common},
         cost=_summed([run.cost for run in runs]),
     )
 

@@ -17,7 +17,10 @@ from ..metrics.samples import REFERENCE
 from ..steerable.checkpoint import run_folder
 from ..types import Preference
 
-__all__ = ["Method", "Point", "Run", "front_file", "read_run"]
+__all__ = ["GAPS", "Method", "Point", "Run", "front_file", "read_run"]
+
+GAPS = ("closed_gap", "closed_gap_unseen")
+"""Metrics of a front of an exact task, point by point."""
 
 Point = tuple[float, ...]
 """Weights and alpha, rounded: points of two fronts are the same if these are equal."""
@@ -38,7 +41,7 @@ class Run:
         engine: What answered.
         reference_point: Of the hypervolume.
         samples: Its responses; of the reference those of the first run.
-        closed_gap: Of every point, NaN where undefined, shape (G,); None if the task has none.
+        gaps: Those of ``GAPS`` that the task has, of every point, NaN where undefined, (G,) each.
         cost: Numbers by name; None is unknown.
     """
 
@@ -50,7 +53,7 @@ class Run:
     engine: str | None
     reference_point: list[float]
     samples: FrontSamples
-    closed_gap: Tensor | None
+    gaps: dict[str, Tensor]
     cost: dict[str, float | None]
 
     @property
@@ -112,7 +115,7 @@ def read_run(path: str | Path) -> Run:
         names = list(front["rewards"])
         weights = [[point["weights"][name] for name in names] for point in front["points"]]
         alphas = [point["alpha"] for point in front["points"]]
-        gaps = (front["metrics"].get("closed_gap") or {}).get("points")
+        gaps = {name: (front["metrics"].get(name) or {}).get("points") for name in GAPS}
         decoding = dict(front["decoding"])
         run = Run(
             name=str(path),
@@ -123,7 +126,7 @@ def read_run(path: str | Path) -> Run:
             engine=decoding.get("engine"),
             reference_point=front["reference_point"],
             samples=_read_samples(file.with_name("front_samples.parquet"), names),
-            closed_gap=None if gaps is None else _with_nan(gaps),
+            gaps={name: _with_nan(points) for name, points in gaps.items() if points},
             cost=front.get("cost", {}),
         )
     except (KeyError, TypeError, AttributeError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from ..tables import point_label
+from .runs import GAPS
 
 __all__ = ["COSTS", "flat_rows", "markdown", "terminal_tables"]
 
@@ -59,6 +60,8 @@ def _columns(comparison: Mapping[str, Any]) -> dict[str, tuple[str, list[Numbers
     headings = {
         "closed_gap": "closed gap",
         "closed_gap_worst": "closed gap, worst",
+        "closed_gap_unseen": "closed gap, unseen contexts",
+        "closed_gap_unseen_worst": "closed gap, unseen contexts, worst",
         "value_gain": "value gain",
         "value_difference": f"V minus that of {against}",
         "worst_value": "worst V",
@@ -156,7 +159,7 @@ def markdown(comparison: Mapping[str, Any], picture: bool) -> str:
         _table(["method", *COSTS.values()], costs),
         _COST_NOTES,
         *_by_preference(comparison),
-        *_closed_gaps(comparison),
+        *(part for name in GAPS for part in _gaps(comparison, name)),
         "## Units\n",
         _units(comparison),
     ]
@@ -187,22 +190,23 @@ def _by_preference(comparison: Mapping[str, Any]) -> list[str]:
     return ["## By preference\n", _table([*head, *(m["label"] for m in others)], rows), note]
 
 
-def _closed_gaps(comparison: Mapping[str, Any]) -> list[str]:
+def _gaps(comparison: Mapping[str, Any], name: str) -> list[str]:
     """Of every point, if some method knows them."""
     methods, names = comparison["methods"], comparison["rewards"]
-    known = [method for method in methods if method["points"][0]["closed_gap"]]
+    known = [method for method in methods if name in method["points"][0]]
     if not known:
         return []
     rows = [
         [
             point_label(point, names),
             f"{point['alpha']:g}",
-            *(_shown(method["points"][g]["closed_gap"]) for method in known),
+            *(_shown(method["points"][g][name]) for method in known),
         ]
         for g, point in enumerate(methods[0]["points"])
     ]
     head = [" / ".join(names), "alpha", *(method["label"] for method in known)]
-    return ["## Closed gap by preference\n", _table(head, rows)]
+    where = " on unseen contexts" if name.endswith("unseen") else ""
+    return [f"## Closed gap{where} by preference\n", _table(head, rows)]
 
 
 def _units(comparison: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ def write_front(
     units: Any = (0.0, 1.0),
     seed: int = 0,
     closed_gap: list[float | None] | None = None,
+    unseen: list[float | None] | None = None,
     ids: list[int] | None = None,
     **changes: Any,
 ) -> Path:
@@ -51,6 +52,7 @@ def write_front(
         units: Mean and deviation that the run normalises with, for all rewards alike.
         seed: Of the run.
         closed_gap: Of every point.
+        unseen: Closed gap on unseen contexts.
         ids: Of the prompts; 0, 1, ... if left out.
         **changes: Other values of front.json: of its decoding, if they stand there.
     """
@@ -83,8 +85,8 @@ def write_front(
         **report.to_dict(),
         "cost": dict(COST),
     }
-    if closed_gap is not None:
-        front["metrics"]["closed_gap"] = {"mean": None, "min": None, "points": closed_gap}
+    for name, gaps in (("closed_gap", closed_gap), ("closed_gap_unseen", unseen)):
+        front["metrics"][name] = gaps and {"mean": None, "min": None, "points": gaps}
     for name, value in changes.items():
         place = front["decoding"] if name in front["decoding"] and name != "seed" else front
         place[name] = value

@@ -26,7 +26,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rewards = torch.randn(6, 3, 2, generator=random)
     for seed in range(2):
         write_front(tmp_path / f"lora-{seed}", rewards + seed, seed=seed, closed_gap=[0.5, 0.7])
-    write_front(tmp_path / "soups", rewards, units=(0, 2), closed_gap=[0.2, None])
+    write_front(tmp_path / "soups", rewards, units=(0, 2), closed_gap=[0.2, None], unseen=[0, 0.1])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -57,7 +57,8 @@ def test_what_it_writes(runs: Path, capsys: Any) -> None:
         "in the units of `lora-0` (mean, deviation): kind 0, 1; short 0, 1.",
         "- `soups`: kind 0, 2; short 0, 2",
         "- lora: `lora-0` (seed 0), `lora-1` (seed 1); answered by TransformersEngine",
-        "## Closed gap by preference",
+        "## Closed gap by preference\n\n| kind / short | alpha | lora | soups |",
+        "## Closed gap on unseen contexts by preference\n\n| kind / short | alpha | soups |",
     ):
         assert part in text, part
     shown = capsys.readouterr().out

@@ -107,7 +107,7 @@ def test_a_report_repeats_itself(tmp_path: Path) -> None:
 def test_closed_gap_over_seeds_and_weightings(tmp_path: Path) -> None:
     rewards = flat([[0, 0], [1, 0], [0, 1]])
     for seed, gaps in enumerate(([0.5, 0.7], [0.9, 0.3])):
-        write_front(tmp_path / f"a-{seed}", rewards, seed=seed, closed_gap=gaps)
+        write_front(tmp_path / f"a-{seed}", rewards, seed=seed, closed_gap=gaps, unseen=[0.1, 0.2])
     write_front(tmp_path / "b", rewards, closed_gap=[None, 0.8])
     write_front(tmp_path / "c", rewards)
     found = compare_fronts([tmp_path / name for name in ("a-0", "a-1", "b", "c")])
@@ -118,12 +118,15 @@ def test_closed_gap_over_seeds_and_weightings(tmp_path: Path) -> None:
         pytest.approx({"mean": 0.6, "worst": 0.5}),
         pytest.approx({"mean": 0.6, "worst": 0.3}),
     ]
+    assert a["metrics"]["closed_gap_unseen"]["mean"] == pytest.approx(0.15)
+    assert a["points"][1]["closed_gap_unseen"]["mean"] == pytest.approx(0.2)
+    assert "closed_gap_unseen" not in b["metrics"]
     # 0.5 and 0.9: every resample holds one of them twice, or both
     assert list(a["points"][0]["closed_gap"].values()) == pytest.approx([0.7, 0.5, 0.9])
     assert b["metrics"]["closed_gap"] == {"mean": 0.8, "low": None, "high": None}
     assert b["points"][0]["closed_gap"]["mean"] is None
     assert "closed_gap" not in c["metrics"]
-    assert c["points"][0]["closed_gap"] is None
+    assert "closed_gap" not in c["points"][0]
 
 
 def test_each_alpha_has_its_hypervolume(tmp_path: Path) -> None:
