@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Processes that share cores must not spin while they wait for each other.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install quickstart lint test test-all benchmark-memory clean
+.PHONY: install quickstart lint test test-all benchmark-memory benchmark-smollm2 clean
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -49,6 +49,10 @@ test-all: lint
 # Peak memory of a LoRA-CLP step beside one of plain PEFT LoRA.
 benchmark-memory: install
 	$(BIN)/python benchmarks/memory.py
+
+# Five methods and two seeds on SmolLM2, about two hours on two cores: benchmarks/smollm2/README.md.
+benchmark-smollm2: install
+	$(BIN)/python benchmarks/smollm2/run.py --jobs $(JOBS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
