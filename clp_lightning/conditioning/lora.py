@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..functional import linear
 from ..types import Preference
 from .adapter import Factors
 from .base import Coefficients, Conditioner
@@ -164,8 +164,8 @@ class LoRA(Conditioner):
                     "Use one preference per batch, or leave this layer out of `targets`."
                 )
             mix = mix.view(len(mix), *[1] * (x.ndim - 2), -1)
-        hidden = F.linear(layer._cast_input_dtype(x, down.dtype), down) * mix
-        return out + F.linear(hidden, up).to(out.dtype)
+        hidden = linear(layer._cast_input_dtype(x, down.dtype), down) * mix
+        return out + linear(hidden, up).to(out.dtype)
 
     def _stack(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """A, shape (R, in), and B with the adapters' scales in it, shape (out, R)."""

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from ..functional import linear
+
 __all__ = ["mix_rows", "why_not_rows"]
 
 Place = tuple[nn.Module, str]
@@ -104,7 +106,7 @@ def _linear(module: Any, mixed: Mixed, coefficients: Tensor, x: Tensor) -> Tenso
         for delta, column in zip(*mixed["weight"], strict=True):
             inputs.append(x * _shaped(coefficients[:, column], x.ndim).to(x))
             weights.append((delta.T if transposed else delta).to(weight.dtype))
-    out = F.linear(torch.cat(inputs, -1), torch.cat(weights, -1))
+    out = linear(torch.cat(inputs, -1), torch.cat(weights, -1))
     if module.bias is not None:
         out = out + _rows(module, "bias", mixed, coefficients, x.ndim)
     return out

@@ -2,6 +2,7 @@
 
 from .advantage import leave_one_out
 from .kl import k3, kl_to_go, log_ratio, vocabulary_kl
+from .linear import linear
 from .logprobs import log_distribution, masked_sum, token_logprobs
 from .loss import policy_gradient_loss
 from .objective import objective, scalarize
@@ -39,6 +40,7 @@ __all__ = [
     "k3",
     "kl_to_go",
     "leave_one_out",
+    "linear",
     "log_distribution",
     "log_ratio",
     "masked_sum",

@@ -16,7 +16,7 @@ from ..functional.logprobs import log_distribution, token_logprobs
 from ..pretrained import Pretrained
 from ..types import Preference, Prompt, Rollout
 from .encoding import Encoding, pad
-from .linear import speed_up_frozen_linears
+from .linear import speed_up_linears
 from .prefix import read_prompt
 from .scoring import Readout, first_of_group, score_full, score_shared
 
@@ -81,7 +81,7 @@ class Policy(nn.Module):
         self.tokenizer = pretrained_models.load_tokenizer(self.pretrained)
         self.model = pretrained_models.load_model(self.pretrained)
         self.conditioner.attach(self.model, names, seed)
-        speed_up_frozen_linears(self.model)
+        speed_up_linears(self.model)
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": self.conditioner.checkpoint_context}

@@ -1,0 +1,92 @@
+"""One product of rows with a weight, by the faster exact kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+__all__ = ["linear"]
+
+_WORTH = 2**20  # multiplications; a smaller product takes less time than a Python function does
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W' + b``, as ``torch.nn.functional.linear``; on the CPU by oneDNN where that is as exact.
+
+    Torch's own float32 product on the CPU can be half as fast as oneDNN's, which is as exact where
+    the processor has no AMX unit (there it would compute in bfloat16, and is left alone). The
+    switch is global and slows tiny attention products down, so it is thrown for this product only.
+
+    Args:
+        x: Shape (..., in).
+        weight: Shape (out, in).
+        bias: Shape (out,).
+
+    Returns:
+        Shape (..., out).
+
+    Example:
+        >>> linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
+        tensor([[11.]])
+    """
+    if _pays(x, weight, bias):
+        out: Tensor = _Product.apply(x, weight, bias)
+        return out
+    return F.linear(x, weight, bias)
+
+
+def _pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.numel() * len(weight) >= _WORTH
+        and all(t is None or t.dtype == torch.float32 for t in (x, weight, bias))
+        and type(weight) in (Tensor, nn.Parameter)  # not a shard, not quantised
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and _helps()
+    )
+
+
+@cache
+def _helps() -> bool:
+    return torch.backends.mkldnn.is_available() and not torch.cpu._is_amx_tile_supported()
+
+
+@contextmanager
+def _onednn() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class _Product(torch.autograd.Function):
+    """``x W' + b``; the products of its gradients take the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        with _onednn():
+            # Rows, because a slice of a (B, T, d) tensor would copy the weight for every b.
+            out = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        with _onednn():
+            to_x = (rows @ weight).view(*grad.shape[:-1], -1) if wanted[0] else None
+            to_weight = rows.T @ x.reshape(-1, x.shape[-1]) if wanted[1] else None
+        return to_x, to_weight, rows.sum(0) if wanted[2] else None

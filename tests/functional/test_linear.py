@@ -1,0 +1,62 @@
+"""The faster product is the product: values and gradients, whatever the shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clp_lightning.functional import linear
+from clp_lightning.functional.linear import _helps, _pays, _Product
+
+
+def tensors(rows: tuple[int, ...], bias: bool) -> list[Tensor | None]:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(*rows, 64, generator=draw)
+    weight = torch.randn(96, 64, generator=draw)
+    return [
+        x.requires_grad_(),
+        weight.requires_grad_(),
+        torch.randn(96, generator=draw).requires_grad_() if bias else None,
+    ]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(400,), (20, 20), (3,)])
+def test_values_and_gradients(rows: tuple[int, ...], bias: bool) -> None:
+    x, weight, b = tensors(rows, bias)
+    assert x is not None and weight is not None
+    assert _pays(x, weight, b) == (_helps() and len(rows) * rows[0] > 3)
+    found, plain = linear(x, weight, b), F.linear(x, weight, b)
+    wanted = [t for t in (x, weight, b) if t is not None]
+    exact = [t.detach().double().requires_grad_() for t in wanted]
+    up = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1))
+    ours = [found, *torch.autograd.grad(found, wanted, up)]
+    torchs = [plain, *torch.autograd.grad(plain, wanted, up)]
+    truth = F.linear(*exact)
+    for our, their, true in zip(
+        ours, torchs, [truth, *torch.autograd.grad(truth, exact, up.double())], strict=True
+    ):
+        assert our.shape == their.shape
+        error = (their - true).abs().max()
+        assert (our - true).abs().max() <= 2 * error + 1e-6  # in bfloat16: some 1e-1
+
+
+def test_a_frozen_weight_keeps_no_input() -> None:
+    x, weight, _ = tensors((400,), False)
+    assert x is not None and weight is not None
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        _Product.apply(x, weight.detach(), None)
+    assert [t.shape for t in saved] == [weight.shape]
+
+
+def test_other_types_take_torch_s_way() -> None:
+    x, weight, _ = tensors((400,), False)
+    assert x is not None and weight is not None
+    assert not _pays(x.double(), weight.double(), None)
+    assert not _pays(x.bfloat16(), weight, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not _pays(x, weight, None)
+        assert linear(x, weight).dtype == torch.bfloat16
