@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -96,7 +97,7 @@ def build_base(task: ExactTask, folder: str | Path) -> Path:
     try:
         train_base(task).save_pretrained(scratch)
         task_tokenizer(task).save_pretrained(scratch)
-        (scratch / MARKER).write_text(json.dumps(task.arguments(), indent=1) + "\n")
+        (scratch / MARKER).write_text(json.dumps(_identity(task.arguments()), indent=1) + "\n")
         scratch.chmod(0o755)
         os.replace(scratch, folder)
     except OSError:
@@ -112,9 +113,16 @@ def _holds(task: ExactTask, folder: Path) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     marker = folder / MARKER
-    if marker.is_file() and json.loads(marker.read_text()) == task.arguments():
+    if marker.is_file() and _identity(json.loads(marker.read_text())) == _identity(
+        task.arguments()
+    ):
         return True
     raise ValueError(f"'{folder}' does not hold the base of {task}; choose another folder.")
+
+
+def _identity(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What the base depends on: rewards do not reach it."""
+    return {k: v for k, v in arguments.items() if k not in ("num_rewards", "correlation")}
 
 
 def _sample_chain(task: ExactTask, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

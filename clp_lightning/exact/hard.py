@@ -14,7 +14,6 @@ from .task import CHAIN, CONTEXTS, REWARDS, ExactTask
 
 __all__ = ["HardTask"]
 
-CORRELATION = 0.7
 SPARSE = 0.1
 
 
@@ -34,9 +33,9 @@ class HardTask(ExactTask):
     There are four rewards, each standardised per context like those of ``ExactTask``:
 
     0. random tables;
-    1. correlated with the first: its tables are 0.7 times the first's plus fresh ones, of the same
-       variance;
-    2. opposed to it: the same with -0.7;
+    1. correlated with the first: its tables are ``correlation`` times the first's plus fresh ones,
+       of the same variance;
+    2. opposed to it: the same with minus ``correlation``;
     3. sparse: 1 for the best tenth of the responses by a total of fresh tables, else 0.
        Standardised too, so that a weight means the same for all: then it is worth 3.3 to be in the
        best tenth, about as much as the way from the mean to the best of the others.
@@ -45,6 +44,7 @@ class HardTask(ExactTask):
         task_seed: Draws chains, rewards, the unseen pairs and the base's weights.
         num_tokens: Size of the model's vocabulary.
         length: Number of tokens in a response.
+        correlation: Of the first reward's tables with the second's; minus that with the third's.
         num_unseen: How many of the num_tokens^2 contexts are never trained on.
     """
 
@@ -52,6 +52,7 @@ class HardTask(ExactTask):
     num_contexts: int = field(init=False, repr=False, default=0)
     num_rewards: int = field(init=False, repr=False, default=4)
     stop: bool = field(init=False, repr=False, default=False)
+    correlation: float = 0.7
     num_unseen: int = 9
 
     def __post_init__(self) -> None:
@@ -91,11 +92,13 @@ class HardTask(ExactTask):
         draw = self._generator(REWARDS)
         fresh = [(self._tables(1, draw), self._tables(2, draw)) for _ in range(self.num_rewards)]
         first, second, opposed, sparse = fresh
-        rest = (1 - CORRELATION**2) ** 0.5
+        rest = (1 - self.correlation**2) ** 0.5
         yield self._total(*first)
         for tables, sign in ((second, 1), (opposed, -1)):
             pairs = zip(first, tables, strict=True)
-            yield self._total(*(sign * CORRELATION * shared + rest * own for shared, own in pairs))
+            yield self._total(
+                *(sign * self.correlation * shared + rest * own for shared, own in pairs)
+            )
         total = self._total(*sparse)
         yield (total > total.quantile(1 - SPARSE, dim=-1, keepdim=True)).double()
 

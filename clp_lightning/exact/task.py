@@ -44,6 +44,7 @@ class ExactTask(Described):
             non-stop tokens.
         num_rewards: K.
         stop: Whether the last token ends a response.
+        correlation: Of the first reward's tables with those of every other reward, in -1..1.
     """
 
     task_seed: int = 0
@@ -52,6 +53,7 @@ class ExactTask(Described):
     num_contexts: int = 8
     num_rewards: int = 2
     stop: bool = False
+    correlation: float = 0.0
 
     def __post_init__(self) -> None:
         if self.task_seed < 0:
@@ -68,6 +70,8 @@ class ExactTask(Described):
             raise ValueError(f"num_contexts must lie in 1..{most}, not {self.num_contexts}.")
         if self.num_rewards < 1:
             raise ValueError(f"num_rewards must be at least 1, not {self.num_rewards}.")
+        if not -1 <= self.correlation <= 1:
+            raise ValueError(f"correlation must lie in -1..1, not {self.correlation}.")
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments, as plain data."""
@@ -167,10 +171,15 @@ class ExactTask(Described):
     def _raw_rewards(self) -> Iterator[Tensor]:
         """Each reward before it is standardised, shape (X, S)."""
         draw = self._generator(REWARDS)
+        totals: list[Tensor] = []
         for _ in range(self.num_rewards):
             unary = torch.randn(self._table(), dtype=torch.float64, generator=draw)
             pair = torch.randn(self._table(2), dtype=torch.float64, generator=draw)
-            yield self._total(unary, pair)
+            totals.append(self._total(unary, pair))
+        first, *others = totals
+        yield first
+        rest = (1 - self.correlation**2) ** 0.5
+        yield from (self.correlation * first + rest * own for own in others)
 
     def rows(self, completion_ids: list[list[int]]) -> list[int]:
         """Rows of ``completion_ids`` in ``responses``.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -79,6 +81,21 @@ def test_more_rewards_keep_the_first_ones() -> None:
     assert torch.equal(two.rewards, three.rewards[..., :2])
 
 
+def test_correlated_rewards() -> None:
+    def correlation(c: float) -> torch.Tensor:
+        rewards = ExactTask(correlation=c, num_rewards=3, num_contexts=30).rewards
+        return torch.stack([torch.corrcoef(r.T) for r in rewards]).mean(0)[0]
+
+    # 30 contexts: the mean over random tables is the argument to about 0.05.
+    torch.testing.assert_close(
+        correlation(0.7), torch.tensor([1, 0.7, 0.7]).double(), atol=0.1, rtol=0
+    )
+    torch.testing.assert_close(
+        correlation(-0.5), torch.tensor([1, -0.5, -0.5]).double(), atol=0.15, rtol=0
+    )
+    assert torch.equal(ExactTask(correlation=0.7).rewards[..., 0], ExactTask().rewards[..., 0])
+
+
 @pytest.mark.parametrize("stop", [False, True])
 def test_contexts_are_distinct_and_never_stop(stop: bool) -> None:
     task = ExactTask(stop=stop, num_contexts=20)
@@ -105,8 +122,9 @@ def test_rows_refuses_what_is_no_response() -> None:
         ({"num_contexts": 21, "stop": True}, r"1\.\.20"),
         ({"task_seed": -1}, "task_seed"),
         ({"num_rewards": 0}, "num_rewards"),
+        ({"correlation": 1.1}, "correlation"),
     ],
 )
-def test_bad_arguments(arguments: dict[str, int], message: str) -> None:
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExactTask(**arguments)
