@@ -2,6 +2,7 @@
 
 from .base import build_base, task_tokenizer, train_base
 from .callback import ExactFrontCallback, exact_rewards
+from .curve import curve_report, responses_needed
 from .data import ExactDataModule
 from .evaluate import enumeration_rollout, exact_gradient, exact_logp, exact_reference_logp
 from .hard import HardTask
@@ -20,6 +21,7 @@ __all__ = [
     "HardTask",
     "build_base",
     "closed_gap",
+    "curve_report",
     "enumeration_rollout",
     "exact_gradient",
     "exact_logp",
@@ -27,6 +29,7 @@ __all__ = [
     "exact_rewards",
     "exact_value",
     "optimum",
+    "responses_needed",
     "task_tokenizer",
     "train_base",
 ]
