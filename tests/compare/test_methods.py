@@ -139,6 +139,15 @@ def test_each_alpha_has_its_hypervolume(tmp_path: Path) -> None:
     assert volumes == [(0.2, pytest.approx(6), 1.0), (0.5, pytest.approx(3), 1.0)]
     assert found["reference"]["hypervolume"] == pytest.approx([1, 1])
 
+    rewards = rewards.repeat(6, 1, 1)
+    write_front(tmp_path / "c", rewards, grid=grid)
+    rewards[:, 3:] += 1  # the points of alpha 0.5
+    write_front(tmp_path / "d", rewards, grid=grid)
+    found = compare_fronts([tmp_path / "c", tmp_path / "d"])
+    p = [volume["p"] for volume in by_label(found, "d")["hypervolume"]]
+    assert p[0] == 1
+    assert p[1] < 0.01
+
 
 def test_without_a_dial(tmp_path: Path) -> None:
     grid = Preference(torch.ones(1, 1), torch.tensor([0.5]))
