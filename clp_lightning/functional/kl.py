@@ -1,4 +1,4 @@
-"""The KL of policy to reference: sampled or over the vocabulary, and what is left of it to go."""
+"""The KL of policy to reference: of what was sampled, to go, or over the vocabulary."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def log_ratio(logp: Tensor, ref_logp: Tensor) -> Tensor:
 def vocabulary_kl(logd: Tensor, ref_logd: Tensor) -> Tensor:
     """KL(policy || reference) of the next token, given what stands before it, in nats.
 
-    Summed over a sampled response, its mean is that of the log-ratios, with less noise: only the
-    prefix is sampled, not the token. Its gradient is the token's own part of the KL's gradient;
-    the rest is score function times the KL of *later* tokens (docs/method.md, section 3).
+    Summed over a sampled response, its mean is that of the log-ratios. Its gradient is the
+    token's own part of the KL's gradient; the rest is score function times the KL of *later*
+    tokens (docs/method.md, section 3).
 
     Args:
         logd: Log-probability of every token under the policy, shape (B, T, V).
@@ -56,8 +56,8 @@ def vocabulary_kl(logd: Tensor, ref_logd: Tensor) -> Tensor:
 def kl_to_go(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
     """Sum of the log-ratios from each token to the end of its response.
 
-    A token's action cannot change the log-ratio of the tokens before it, so leaving those out
-    of its return lowers the noise and keeps the expectation (docs/method.md, section 3).
+    A token cannot change the log-ratios before it, so a return without them has the same
+    expectation (docs/method.md, section 3). The first token's is that of the whole response.
 
     Args:
         log_ratio: Log-ratios of tokens, shape (B, T).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -22,7 +22,7 @@ from .base import LRDecay, PolicyModule
 from .cost import Cost
 from .critic import Critic
 from .precision import float32_by_default
-from .signal import LearningSignal
+from .signal import KLForm, LearningSignal
 from .statistics import fit_statistics
 from .sweep import FrontSweep
 from .tally import Tally, count_responses
@@ -55,9 +55,10 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         max_prompt_tokens: Limit of a prompt, in tokens.
         on_long: What happens to a prompt over the limit.
         chat_template_kwargs: Passed to the model's chat template.
-        kl: How the return measures the KL of a token: ``sampled`` is its log-ratio, ``vocabulary``
-            the KL over all tokens that could have come; the same expectation with less noise, and
-            B x T x V numbers several times over.
+        kl: The KL in a token's return. ``response``: the log-ratio of its whole response, which
+            cancels the rewards' noise as the policy nears the optimum. ``to_go``: of the tokens
+            from it on. ``vocabulary``: over all tokens that could have come, which takes
+            B x T x V numbers several times over. The same expectation in all three.
         critic: Baseline by a learned critic; leave-one-out if None.
         truncation_penalty: Taken off every normalised reward of a response that was cut at the
             limit, in training only.
@@ -96,7 +97,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         max_prompt_tokens: int = 512,
         on_long: Literal["truncate", "error"] = "truncate",
         chat_template_kwargs: dict[str, Any] | None = None,
-        kl: Literal["sampled", "vocabulary"] = "sampled",
+        kl: KLForm = "response",
         critic: Critic | None = None,
         truncation_penalty: float = 0.0,
         statistics_prompts: int = 256,
@@ -136,7 +137,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         if rollout_batches < 1:
             raise ValueError(f"rollout_batches must be at least 1; got {rollout_batches}.")
         self.rewards = bank
-        self.kl = check_choice("kl", kl, ["sampled", "vocabulary"])
+        self.kl = check_choice("kl", kl, get_args(KLForm))
         self.critic = critic
         self.samples_per_prompt = samples_per_prompt
         self.rollout_batches = rollout_batches

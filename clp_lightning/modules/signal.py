@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from ..policy import Policy
     from ..rewards import RewardBank, Scores
 
-__all__ = ["LearningSignal"]
+__all__ = ["KLForm", "LearningSignal"]
+
+KLForm = Literal["response", "to_go", "vocabulary"]
 
 
 class LearningSignal(LightningModule):
@@ -32,7 +34,7 @@ class LearningSignal(LightningModule):
     policy: Policy
     rewards: RewardBank
     tally: Tally
-    kl: Literal["sampled", "vocabulary"]
+    kl: KLForm
     critic: Critic | None
     truncation_penalty: float
     own_parameters: Callable[[], list[nn.Parameter]]
@@ -42,12 +44,13 @@ class LearningSignal(LightningModule):
 
         The KL carries a gradient only if ``kl="vocabulary"``; a log-ratio has none to give.
         """
-        ask = self.policy.logprobs if self.kl == "sampled" else self.policy.log_distributions
+        whole = self.kl == "vocabulary"
+        ask = self.policy.log_distributions if whole else self.policy.logprobs
         with self.policy.conditioned(rollout.preference):
             own = ask(rollout)
         with self.policy.reference():
             ref = ask(rollout)
-        if self.kl == "sampled":
+        if not whole:
             return own, log_ratio(own.detach(), ref)
         logp = own.gather(-1, rollout.response_ids.unsqueeze(-1)).squeeze(-1)
         return logp, vocabulary_kl(own, ref)
@@ -55,17 +58,20 @@ class LearningSignal(LightningModule):
     def signals(self, scores: Scores, ratio: Tensor, rollout: Rollout) -> Tensor:
         """What each token is held to account for, shape (B, T, K + 1).
 
-        The normalised rewards of its response, and the KL from it to the end (from the next token
-        on, where its own KL has a gradient); NaN where a reward did not score.
+        The normalised rewards of its response; NaN where a reward did not score. And the KL: of
+        the whole response, from the token on, or, where a token's own KL has a gradient, from the
+        next one on.
         """
         rewards = self.rewards.normalize(scores.raw).to(ratio)  # (B, K)
         if self.truncation_penalty:
             rewards = rewards - self.truncation_penalty * rollout.truncated.to(ratio)[:, None]
         per_token = rewards.unsqueeze(1).expand(-1, ratio.shape[1], -1)
-        to_go = kl_to_go(ratio, rollout.response_mask)
-        if self.kl == "vocabulary":
-            to_go = to_go - ratio.masked_fill(~rollout.response_mask, 0)
-        return torch.cat([per_token, to_go.unsqueeze(-1)], dim=-1)
+        kl = kl_to_go(ratio, rollout.response_mask)  # (B, T)
+        if self.kl == "response":
+            kl = kl[:, :1].expand_as(kl)
+        elif self.kl == "vocabulary":
+            kl = kl - ratio.masked_fill(~rollout.response_mask, 0)
+        return torch.cat([per_token, kl.unsqueeze(-1)], dim=-1)
 
     def predict(self, rollout: Rollout) -> Rollout:
         """The rollout with what the critic expects of its signals; without a critic, as it is."""

@@ -241,7 +241,9 @@ CONDITIONERS: dict[str, Callable[[ExactTask], Conditioner]] = {
     "soft-prompt": lambda task: SoftPrompt(),
     "prompt": lambda task: ExactPromptText(task),
 }
-EVERYTHING = list(itertools.product(CONDITIONERS, ["sampled", "vocabulary"], *[(False, True)] * 2))
+EVERYTHING = list(
+    itertools.product(CONDITIONERS, ["response", "to_go", "vocabulary"], *[(False, True)] * 2)
+)
 
 
 def pairwise(cases: list[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
@@ -290,7 +292,7 @@ def test_every_conditioner_baseline_and_kl(
 
 
 @pytest.mark.parametrize(
-    ("stop", "kl"), [(False, "sampled"), (True, "sampled"), (True, "vocabulary")]
+    ("stop", "kl"), [(False, "response"), (True, "response"), (True, "to_go"), (True, "vocabulary")]
 )
 def test_gradient_is_that_of_the_objective(
     stop: bool, kl: str, base_folder: Callable[[ExactTask], Path], tmp_path: Path
@@ -324,7 +326,7 @@ def test_wrong_gradients_are_seen(
     tmp_path: Path,
 ) -> None:
     task = ExactTask(stop=stop)
-    kl = "vocabulary" if kind is WithoutOwnKL else "sampled"
+    kl = "vocabulary" if kind is WithoutOwnKL else "response"
     comparison = compare(kind, task, base_folder(task), tmp_path, PASSES_OF_WRONG, kl=kl)
     assert comparison.precise, comparison
     assert not comparison.agrees, comparison

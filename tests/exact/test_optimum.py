@@ -43,6 +43,17 @@ def soft_bellman(
     return solve(())
 
 
+def test_a_whole_return_has_no_noise_at_the_optimum() -> None:
+    """(1 - alpha) w.R - alpha (log pi* - log pi_ref) is V* of its context for every response."""
+    task = ExactTask(stop=True, num_contexts=2)
+    preference = Preference.single([0.3, 0.7], 0.1)
+    best, logp = optimum(task.chain_logp, task.rewards, preference)
+    returns = 0.9 * task.rewards @ torch.tensor([0.3, 0.7]).double() - 0.1 * (
+        logp[0] - task.chain_logp
+    )
+    torch.testing.assert_close(returns, best[0][:, None].expand_as(returns), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("stop", [False, True])
 @pytest.mark.parametrize("alpha", [0.1, 0.5])
 def test_closed_form_equals_soft_bellman(stop: bool, alpha: float) -> None:

@@ -71,12 +71,13 @@ def by_hand(module: Perturbed, rollout: Rollout, scores: Scores) -> Tensor:
         others = sum(rewards[s] for s in siblings) / len(siblings)
         gain = (gains[b] * (rewards[b] - others)).sum()
 
-        def to_go(row: int, t: int) -> Tensor:
-            return ratio[row, t:][rollout.response_mask[row, t:]].sum()
+        def kl(row: int, t: int) -> Tensor:
+            start = {"response": 0, "to_go": t}[module.kl]
+            return ratio[row, start:][rollout.response_mask[row, start:]].sum()
 
         for t in range(int(rollout.lengths[b])):
-            others_kl = sum(to_go(s, t) for s in siblings) / len(siblings)
-            loss = loss - (gain - alpha * (to_go(b, t) - others_kl)) * logp[b, t]
+            others_kl = sum(kl(s, t) for s in siblings) / len(siblings)
+            loss = loss - (gain - alpha * (kl(b, t) - others_kl)) * logp[b, t]
     return loss / len(rollout)
 
 

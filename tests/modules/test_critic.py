@@ -93,10 +93,10 @@ def test_its_gradient_is_not_the_policys(base: Pretrained, tmp_path: Path) -> No
         logp = module.policy.logprobs(rollout)
     with module.policy.reference():
         ratio = logp.detach() - module.policy.logprobs(rollout)
-    to_go = ratio.masked_fill(~rollout.response_mask, 0).flip(-1).cumsum(-1).flip(-1)
+    kl = ratio.masked_fill(~rollout.response_mask, 0).sum(-1, keepdim=True)
     given = rollout.preference
     gain = ((1 - given.alpha[:, None]) * given.weights * scores.raw).sum(-1, keepdim=True)
-    advantage = gain - given.alpha[:, None] * to_go
+    advantage = gain - given.alpha[:, None] * kl
     loss = -(advantage * logp).masked_fill(~rollout.response_mask, 0).sum() / len(rollout)
     trained = list(module.policy.trained_parameters().values())
     expected = torch.autograd.grad(loss, trained)

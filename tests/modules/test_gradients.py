@@ -26,8 +26,9 @@ from tests.runs import (
 # -- what must be equal ------------------------------------------------------------------------
 
 
-def test_gradient_by_hand(base: Pretrained, tmp_path: Path) -> None:
-    module, found = gradients(base, tmp_path)
+@pytest.mark.parametrize("kl", ["response", "to_go"])
+def test_gradient_by_hand(kl: str, base: Pretrained, tmp_path: Path) -> None:
+    module, found = gradients(base, tmp_path, kl=kl)
     assert len(found) == 8
     assert_same(found[0], gradient_by_hand(module, 0))
     assert_same(found[5], gradient_by_hand(module, 5))
