@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..described import check_choice
 from ..types import Preference, Prompt
-from .base import Coefficients, Conditioner, Scope
+from .base import Coefficients, Conditioner, Gate, Scope
 from .mixture import Mixture
 
 __all__ = ["PromptText", "SoftPrompt"]
@@ -99,6 +99,11 @@ class PromptText(_Around):
         rest: Conditioner | None = None,
         coefficients: Coefficients | None = None,
     ) -> None:
+        if isinstance(coefficients, Gate):
+            raise ValueError(
+                "PromptText has no copies that a Gate could mix, so it would be trained for "
+                "nothing; leave `coefficients` out."
+            )
         super().__init__(rest, coefficients)
         self.form = check_choice("form", form, ["number", "word"])
 

@@ -13,6 +13,7 @@ import torch
 from clp_lightning import (
     CLPCallback,
     FixedAlpha,
+    Gate,
     LoRA,
     Preference,
     Pretrained,
@@ -172,3 +173,8 @@ def test_the_kl_of_step_zero_is_reported(
             reference = bare.logprobs(one)
         ratio += float(((one.logp - reference) * one.response_mask).sum())  # type: ignore[operator]
     assert reported == pytest.approx(ratio / len(rollout), rel=1e-6) and abs(reported) > 0.01
+
+
+def test_a_gate_without_copies_is_refused() -> None:
+    with pytest.raises(ValueError, match="no copies"):
+        PromptText(coefficients=Gate())
