@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Processes that share cores must not spin while they wait for each other.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install quickstart lint test test-all benchmark-memory benchmark-smollm2 clean
+.PHONY: install quickstart lint docs test test-all benchmark-exact benchmark-memory benchmark-smollm2 clean
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -37,14 +37,22 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Into build/site; a broken link or an unreadable docstring is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 # One thread a process: JOBS processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n $(JOBS)
 
-test: lint
+test: lint docs
 	$(PYTEST) -m "not slow"
 
-test-all: lint
+test-all: lint docs
 	$(PYTEST)
+
+# Every method on the exact task, about two hours on two cores: benchmarks/exact/README.md.
+benchmark-exact: install
+	$(BIN)/python benchmarks/exact/run.py --jobs $(JOBS)
 
 # Peak memory of a LoRA-CLP step beside one of plain PEFT LoRA.
 benchmark-memory: install
