@@ -73,6 +73,7 @@ _HOME = {
     "WeightSampler": "callbacks",
     "Weights": "conditioning",
     "completion_text": "rewards",
+    "plot_front": "callbacks",
 }
 
 __all__ = sorted(_HOME)

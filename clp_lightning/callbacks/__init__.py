@@ -2,6 +2,7 @@
 
 from .checkpoint import RunCheckpoint
 from .front import FrontCallback
+from .plots import plot_front
 from .predictions import PredictionsCallback
 from .preference import (
     AlphaSampler,
@@ -34,4 +35,5 @@ __all__ = [
     "UniformGrid",
     "Vertices",
     "WeightSampler",
+    "plot_front",
 ]
