@@ -15,6 +15,7 @@ import yaml
 
 from clp_lightning.compare import compare
 from clp_lightning.compare.figure import plot_comparison
+from clp_lightning.functional import dial_passes
 
 __all__ = ["write_report"]
 
@@ -44,7 +45,9 @@ def write_report(methods: Mapping[str, Mapping[int, Path]], configs: Mapping[str
     plot_comparison(comparison).savefig(HERE / "compare.png", dpi=80)
     text = string.Template((HERE / "README.template.md").read_text()).substitute(
         missing=f"**Not run: {'; '.join(missing)}.**\n" * bool(missing),
-        order=order(comparison),
+        by_value=order(comparison, "value_gain"),
+        by_steering=order(comparison, "steering_gain"),
+        kl=", ".join(sorted({kl_form(run) for runs in found.values() for run in runs.values()})),
         corners=corner_table(comparison),
         runs=run_table(found),
         comparison=as_section((out / "compare.md").read_text()),
@@ -74,11 +77,17 @@ def as_section(text: str) -> str:
     return "\n".join(f"#{line}" if line.startswith("## ") else line for line in lines).strip()
 
 
-def order(comparison: Mapping[str, Any]) -> str:
-    """The methods by value gain."""
-    methods = sorted(comparison["methods"], key=lambda m: -m["metrics"]["value_gain"]["mean"])
+def kl_form(run: Path) -> str:
+    """The KL in the return of a run, as its config names it."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    return f"`{config['model']['init_args']['kl']}`"
+
+
+def order(comparison: Mapping[str, Any], metric: str) -> str:
+    """The methods by one of their numbers."""
+    found = {m["label"]: m["metrics"][metric]["mean"] for m in comparison["methods"]}
     return " > ".join(
-        f"{method['label']} ({method['metrics']['value_gain']['mean']:.2f})" for method in methods
+        f"{label} ({found[label]:.2f})" for label in sorted(found, key=found.get)[::-1]
     )
 
 
@@ -101,8 +110,8 @@ def corner_table(comparison: Mapping[str, Any]) -> str:
 
 def run_table(methods: Mapping[str, Mapping[int, Path]]) -> str:
     """Every run alone, each measured against its own reference in its own units."""
-    head = "method, seed | value gain | steering gain (predicted) | consistency | envy | largest KL"
-    rows = [head.split(" | ")]
+    measures = ["value gain", "steering gain (predicted)", "consistency", "envy", "largest KL"]
+    rows = [["method, seed", *measures, "dial"]]
     for label, runs in methods.items():
         for seed, run in runs.items():
             front = json.loads((run / "front.json").read_text())
@@ -116,6 +125,7 @@ def run_table(methods: Mapping[str, Mapping[int, Path]]) -> str:
                     interval(metrics["consistency"]),
                     interval(metrics["envy"]),
                     f"{max(point['kl'] for point in front['points']):.1f}",
+                    "passes" if dial_passes(front) else "fails",
                 ]
             )
     return table(rows)
