@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import subprocess
 from collections.abc import Callable
@@ -107,6 +108,17 @@ def test_the_data_of_the_page() -> None:
     assert len(batch) == 2 and batch.columns["topic"][0] in ("red", "oak")
     (batch, *_) = page["Questions"]().train_dataloader()
     assert batch.prompts[:2] == ["What is 0 + 0?", "What is 1 + 1?"]
+
+
+def test_the_pictures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = runpy.run_path(str(ROOT / "docs/pictures.py"))
+    used = pictures["main"].__globals__
+    monkeypatch.setitem(used, "STEPS", {1: "blue"})
+    monkeypatch.setitem(used, "FOLDER", tmp_path)
+    pictures["main"]()
+    drawn = {path.name for path in tmp_path.iterdir()}
+    shown = {path.name for path in (ROOT / "docs/pictures").iterdir()}
+    assert shown - drawn == {"sliders.png", "sweep.png"} and drawn <= shown
 
 
 # -- commands --------------------------------------------------------------------------------
