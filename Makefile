@@ -12,7 +12,8 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Processes that share cores must not spin while they wait for each other.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install quickstart lint docs test test-all benchmark-exact benchmark-memory benchmark-smollm2 clean
+.PHONY: install quickstart lint docs test test-all benchmark-exact benchmark-memory benchmark-smollm2 \
+	benchmark-step benchmark-conditioning benchmark-scaling clean
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -57,6 +58,21 @@ benchmark-exact: install
 # Peak memory of a LoRA-CLP step beside one of plain PEFT LoRA.
 benchmark-memory: install
 	$(BIN)/python benchmarks/memory.py
+
+# Our step beside TRL's, in alternation; fails below the target.
+benchmark-step: install
+	$(BIN)/python benchmarks/step.py --size 10m --target 4
+	$(BIN)/python benchmarks/step.py --size 10m --prompt-tokens 128 --new-tokens 64 --target 5
+	$(BIN)/python benchmarks/step.py --size smollm2-lora --target 3
+	$(BIN)/python benchmarks/step.py --size t5-tiny
+
+# Every conditioner against the step without it, and when merging beats mixing rows.
+benchmark-conditioning: install
+	$(BIN)/python benchmarks/conditioning.py
+
+# How a step's cost grows with each of its sizes; the plot goes to build/scaling.png.
+benchmark-scaling: install
+	$(BIN)/python benchmarks/scaling.py
 
 # Five methods and two seeds on SmolLM2, about two hours on two cores: benchmarks/smollm2/README.md.
 benchmark-smollm2: install

@@ -1,0 +1,112 @@
+"""The speed benchmarks run, on the smallest sizes, and count what they say they count."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+QUICK = ["--size", "tiny", "--rounds", "1", "--warmup", "0", "--device", "cpu"]
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import conditioning
+    import loops
+    import scaling
+    import speed
+    import step
+
+    modules: list[ModuleType] = [conditioning, loops, scaling, speed, step]
+    return {module.__name__: module for module in modules}
+
+
+def test_step_runs_all_sides_on_as_many_tokens(
+    scripts: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scripts["step"].main([*QUICK, "--target", "1e9"]) == 1
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("ratio TRL/ours: ")
+    assert all(f"({name})" in last for name in ("rloo", "rloo-defaults", "grpo"))
+
+
+def test_step_stops_where_a_side_has_fewer_tokens(scripts: dict[str, Any]) -> None:
+    step, size = scripts["step"], scripts["speed"].SIZES["tiny"]
+    loop = scripts["loops"].Loop("short", lambda loop: None, scripts["speed"].Machine("cpu"))
+    loop.tokens = {"generated": size.tokens, "trained": size.tokens}
+    step.check_tokens([loop], size)
+    loop.tokens["trained"] -= 1
+    with pytest.raises(RuntimeError, match="short"):
+        step.check_tokens([loop], size)
+
+
+def test_phases_exclude_what_is_called_inside_and_sum_to_the_step(scripts: dict[str, Any]) -> None:
+    ticks = iter(range(100))
+
+    class Ticking:
+        device = "cpu"
+
+        def now(self) -> float:
+            return float(next(ticks))
+
+    class Work:
+        def outer(self) -> None:
+            self.inner()
+
+        def inner(self) -> None:
+            pass
+
+    def fit(loop: Any) -> None:
+        work = Work()
+        loop.time(work, "outer", "outer")
+        loop.time(work, "inner", "inner")
+        work.outer()
+        loop.turn()
+        raise ValueError("of the second step")
+
+    loop = scripts["loops"].Loop("ticking", fit, Ticking())
+    # Five readings of the clock after the start: into outer, into inner, out, out, and the end.
+    assert loop.step() == 5
+    assert loop.phases == {"other": 2, "outer": 2, "inner": 1}
+    with pytest.raises(ValueError, match="second step"):
+        loop.step()
+
+
+def test_conditioning_runs(scripts: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    forms = ["attention/merge", "attention/row", "prompt"]
+    assert scripts["conditioning"].main([*QUICK, "--rewards", "2", "--forms", *forms]) == 0
+    out = capsys.readouterr().out
+    assert out.count(" prompt ") == 2  # with one preference, and with one for each prompt
+    assert "break-even, K = 2, attention, train" in out
+
+
+def test_break_even(scripts: dict[str, Any]) -> None:
+    def result(**ratios: float) -> dict[str, Any]:
+        return {"ratios": ratios}
+
+    break_even = scripts["conditioning"].break_even
+    # Merging costs 0.1 for each of nine preferences, row mixing 0.8 more in 1000 tokens: at eight
+    # preferences, 125 tokens each, both cost 1.8.
+    merge = {1: result(train=1.1), 9: result(train=1.9)}
+    assert break_even(merge, {9: result(train=1.8)}, "train", 1000) == pytest.approx(125)
+    assert break_even(merge, {9: result(train=1.0)}, "train", 1000) is None
+
+
+def test_scaling_runs_and_draws(
+    scripts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "scaling.png"
+    arguments = ["--axes", "preferences", "--points", "2", "--plot", str(path)]
+    assert scripts["scaling"].main([*QUICK, *arguments]) == 0
+    assert path.stat().st_size
+    assert capsys.readouterr().out.count("\npreferences") == 2
+
+
+def test_growth_is_an_exponent(scripts: dict[str, Any]) -> None:
+    before, after = {"value": 2, "cost": 3.0}, {"value": 4, "cost": 12.0}
+    assert math.isclose(scripts["scaling"].slope(before, after), 2.0)
