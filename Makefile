@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Processes that share cores must not spin while they wait for each other.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install quickstart lint docs test test-all benchmark-exact benchmark-memory benchmark-smollm2 \
+.PHONY: install quickstart lint docs notebooks test test-all benchmark-exact benchmark-memory benchmark-smollm2 \
 	benchmark-step benchmark-conditioning benchmark-scaling clean
 .DEFAULT_GOAL := test
 
@@ -41,6 +41,10 @@ lint: install
 # Into build/site; a broken link or an unreadable docstring is an error.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Runs the notebooks and stores their outputs; the second one wants `make quickstart` before.
+notebooks: install
+	TQDM_DISABLE=1 $(BIN)/python notebooks/store.py
 
 # One thread a process: JOBS processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n $(JOBS)
