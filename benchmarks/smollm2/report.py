@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import string
 from collections.abc import Mapping
 from datetime import date
@@ -42,9 +43,9 @@ def write_report(methods: Mapping[str, Mapping[int, Path]], configs: Mapping[str
     out = next(iter(next(iter(methods.values())).values())).parent / "compare"
     specs = [f"{label}={run}" for label, runs in found.items() for run in runs.values()]
     comparison = compare(specs, str(out))
-    plot_comparison(comparison).savefig(HERE / "compare.png", dpi=80)
+    plot_comparison(comparison).savefig(HERE / "compare.png", dpi=64)
     text = string.Template((HERE / "README.template.md").read_text()).substitute(
-        missing=f"**Not run: {'; '.join(missing)}.**\n" * bool(missing),
+        missing=f"**Not run: {'; '.join(missing)}.**\n\n" * bool(missing),
         by_value=order(comparison, "value_gain"),
         by_steering=order(comparison, "steering_gain"),
         kl=", ".join(sorted({kl_form(run) for runs in found.values() for run in runs.values()})),
@@ -74,7 +75,8 @@ def learning_rates(configs: Mapping[str, Path]) -> dict[str, str]:
 def as_section(text: str) -> str:
     """compare.md as a part of another page, which has a title and the picture already."""
     lines = [line for line in text.splitlines() if not line.startswith(("# ", "!["))]
-    return "\n".join(f"#{line}" if line.startswith("## ") else line for line in lines).strip()
+    section = "\n".join(f"#{line}" if line.startswith("## ") else line for line in lines)
+    return re.sub(r"\n{3,}", "\n\n", section).strip()
 
 
 def kl_form(run: Path) -> str:
