@@ -144,7 +144,8 @@ def test_resumed_run_keeps_its_points(
 ) -> None:
     base = base_folder(HARD)
     _, whole = fit(HARD, base, tmp_path / "whole", steps=6)
-    fit(HARD, base, tmp_path / "begun", steps=2)
+    # Begun with two points: at a single one, a run without them would measure it again.
+    fit(HARD, base, tmp_path / "begun", steps=3)
     ckpt = tmp_path / "begun" / "checkpoints" / "last.ckpt"
     _, resumed = fit(HARD, base, tmp_path / "resumed", steps=6, ckpt=ckpt)
     assert resumed["closed_gap_curve"] == whole["closed_gap_curve"]
