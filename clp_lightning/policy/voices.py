@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from .cache import grow_in_place
 from .policy import Policy
 from .prefix import extend, read_prompt
 
@@ -52,7 +53,9 @@ class Voices:
             prompt = asked // self._count
             with policy.rows(asked):
                 prefix = read_prompt(policy.model, input_ids[prompt], prompt_mask[prompt])
-            self._prefixes.append(prefix.select(_own(rows, part)))
+            prefix = prefix.select(_own(rows, part))
+            grow_in_place(prefix.cache)
+            self._prefixes.append(prefix)
         self._scope = ExitStack()
 
     def __enter__(self) -> Self:
