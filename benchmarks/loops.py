@@ -176,6 +176,8 @@ class Plain(CLPModule):
     """Our step without conditioning: all weights trained, a frozen copy of them the reference."""
 
     def configure_model(self) -> None:
+        if self.policy.is_built:
+            return
         super().configure_model()
         self.frozen = Policy(self.policy.pretrained, Unconditioned())
         self.frozen.build(self.rewards.names)
