@@ -139,7 +139,7 @@ def draw_training() -> Figure:
             statistics_prompts=0,
             samples_per_prompt=8,
             max_new_tokens=TASK.length,
-            lr=2e-3,
+            lr=4e-3,
             lr_decay="cosine",
             seed=0,
         )

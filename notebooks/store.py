@@ -26,7 +26,14 @@ def is_kept(output: Any) -> bool:
 def store(path: Path) -> None:
     """Runs a notebook and writes it back."""
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=None, resources={"metadata": {"path": path.parent}}).execute()
+    client = NotebookClient(
+        notebook,
+        timeout=None,
+        iopub_timeout=60,  # on a busy machine outputs come late, and would be dropped
+        raise_on_iopub_timeout=True,
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    client.execute()
     has_sliders = False
     for cell in notebook.cells:
         if cell.cell_type == "code":
