@@ -37,11 +37,14 @@ class Results:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.fronts: dict[tuple[str, str], dict[int, Any]] = {}
+        self.missing: list[str] = []
         for run in plan():
             file = out / run.name / "front.json"
             if file.exists():
                 fronts = self.fronts.setdefault((run.group, run.label), {})
                 fronts[run.seed] = json.loads(file.read_text())
+            else:
+                self.missing.append(run.name)
 
     def labels(self, group: str) -> list[str]:
         return [label for found, label in self.fronts if found == group]
@@ -85,6 +88,14 @@ def gap_cells(results: Results, group: str, label: str) -> list[str]:
     return cells
 
 
+def missing_runs(results: Results) -> str:
+    """What the tables lack, in words; empty where all runs are in."""
+    if not results.missing:
+        return ""
+    share = f"{len(results.missing)} of {len(plan())}"
+    return f"**Not run yet: {share} runs.** Columns `seeds` say which.\n"
+
+
 def methods_table(results: Results) -> str:
     """Closed gaps of the methods, and what they cost."""
     rows = []
@@ -121,14 +132,16 @@ def difference_table(results: Results, ours: str, rival: str) -> str:
     a, b = results.gaps("methods", ours), results.gaps("methods", rival)
     n = min(len(a), len(b))
     difference = a[:n] - b[:n]
-    half = student.ppf(0.975, n - 1) * difference.std(0, ddof=1) / np.sqrt(n)
+    half = np.zeros(len(difference[0]))
+    if n > 1:
+        half = student.ppf(0.975, n - 1) * difference.std(0, ddof=1) / np.sqrt(n)
     points = next(iter(results.fronts["methods", ours].values()))["points"]
     rows = [
         [
             f"{point['weights']['first']:.1f}",
             f"{a[:, i].mean():.4f}",
             f"{b[:, i].mean():.4f}",
-            f"{difference[:, i].mean():+.4f} ± {half[i]:.4f}",
+            f"{difference[:, i].mean():+.4f}" + (f" ± {half[i]:.4f}" if n > 1 else ""),
         ]
         for i, point in enumerate(points)
     ]
@@ -253,6 +266,7 @@ def write_report(out: Path) -> None:
     (HERE / "compare.md").write_text(compare_methods(results))
     template = string.Template((HERE / "README.template.md").read_text())
     text = template.substitute(
+        missing=missing_runs(results),
         methods=methods_table(results),
         difference=difference_table(results, "full-CLP", "Rewarded Soups"),
         hard=hard_table(results),
