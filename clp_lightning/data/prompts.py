@@ -78,10 +78,11 @@ class PromptDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: str | Path | Docstrings | Dataset | pd.DataFrame = "docstrings",
+        # Path last of what a config may name: jsonargparse writes as one whatever has a text.
+        source: str | Docstrings | Path | Dataset | pd.DataFrame = "docstrings",
         source_config: str | None = None,
         split: str = "train",
-        eval_source: str | Path | Docstrings | Dataset | pd.DataFrame | None = None,
+        eval_source: str | Docstrings | Path | Dataset | pd.DataFrame | None = None,
         eval_split: str | None = None,
         holdout: int | float | None = None,
         eval_prompts: int | None = None,
