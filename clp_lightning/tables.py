@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["point_cells", "point_label", "print_table"]
+__all__ = ["markdown_table", "point_cells", "point_label", "print_table"]
 
 
 def point_label(point: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -31,3 +31,17 @@ def print_table(table: Table) -> None:
     """Prints a table; a file or a pipe has no width of its own."""
     console = Console()
     (console if console.is_terminal else Console(width=120)).print(table)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    r"""A table in Markdown; bars and line breaks in cells are escaped.
+
+    Example:
+        >>> print(markdown_table(["w", "V"], [["a|b", 1]]))
+        | w | V |
+        | --- | --- |
+        | a\|b | 1 |
+    """
+    lines = [list(columns), ["---"] * len(columns), *rows]
+    texts = [[str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in texts)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import Logger
 
+from ..tables import markdown_table
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -58,7 +60,7 @@ def log_table(
     for logger in loggers:
         experiment: Any = getattr(logger, "experiment", None)
         if hasattr(experiment, "add_text"):  # TensorBoard
-            experiment.add_text(name, _markdown(columns, cells), global_step=step)
+            experiment.add_text(name, markdown_table(columns, cells), global_step=step)
         elif hasattr(experiment, "log_table") and hasattr(logger, "run_id"):  # MLflow
             data = {column: [row[i] for row in cells] for i, column in enumerate(columns)}
             experiment.log_table(logger.run_id, data, f"{name}_{step}.json")
@@ -66,10 +68,3 @@ def log_table(
             experiment.log_table(f"{name}_{step}.csv", cells, headers=list(columns))
         elif hasattr(logger, "log_table"):  # Weights & Biases
             logger.log_table(key=name, columns=list(columns), data=cells, step=step)
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown; bars and line breaks in cells are escaped."""
-    lines = [list(columns), ["---"] * len(columns), *rows]
-    texts = [[str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in texts)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..tables import point_label
+from ..tables import markdown_table, point_label
 from .runs import GAPS
 
 __all__ = ["COSTS", "flat_rows", "markdown", "terminal_tables"]
@@ -153,10 +153,10 @@ def markdown(comparison: Mapping[str, Any], picture: bool) -> str:
         "# Comparison\n",
         f"{len(methods[0]['points'])} preferences, {comparison['prompts']} prompts; {decoding}.\n",
         *["![Fronts, and V by preference](compare.png)\n"] * picture,
-        _table(head, [*body, reference]),
+        markdown_table(head, [*body, reference]) + "\n",
         notes,
         "## Cost\n",
-        _table(["method", *COSTS.values()], costs),
+        markdown_table(["method", *COSTS.values()], costs) + "\n",
         _COST_NOTES,
         *_by_preference(comparison),
         *(part for name in GAPS for part in _gaps(comparison, name)),
@@ -187,7 +187,8 @@ def _by_preference(comparison: Mapping[str, Any]) -> list[str]:
         f"V of {base['label']}, and what the other methods have more (or less) than it, paired by "
         "prompts; bold where the interval leaves 0 out.\n"
     )
-    return ["## By preference\n", _table([*head, *(m["label"] for m in others)], rows), note]
+    table = markdown_table([*head, *(m["label"] for m in others)], rows)
+    return ["## By preference\n", f"{table}\n", note]
 
 
 def _gaps(comparison: Mapping[str, Any], name: str) -> list[str]:
@@ -206,7 +207,7 @@ def _gaps(comparison: Mapping[str, Any], name: str) -> list[str]:
     ]
     head = [" / ".join(names), "alpha", *(method["label"] for method in known)]
     where = " on unseen contexts" if name.endswith("unseen") else ""
-    return [f"## Closed gap{where} by preference\n", _table(head, rows)]
+    return [f"## Closed gap{where} by preference\n", f"{markdown_table(head, rows)}\n"]
 
 
 def _units(comparison: Mapping[str, Any]) -> str:
@@ -246,11 +247,6 @@ def _runs(methods: Sequence[Mapping[str, Any]]) -> str:
         answered = f"; answered by {', '.join(sorted(engines))}" if engines else ""
         lines.append(f"- {method['label']}: {', '.join(runs)}{answered}\n")
     return "".join(lines)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
 def _bold(number: Numbers) -> str:

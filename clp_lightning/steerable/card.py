@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, hf_hub_download
 
 from ..pretrained import Pretrained, locate
-from ..tables import point_cells, point_label
+from ..tables import markdown_table, point_cells, point_label
 from .trained import Trained
 
 __all__ = ["PICTURE", "base_licence", "model_card"]
@@ -107,13 +107,12 @@ def _front(front: dict[str, Any]) -> str:
     for point in front["points"]:
         label, alpha = point_label(point, names), f"{point['alpha']:g}"
         rows.append([label, alpha, *point_cells(point, names, point["value"])])
-    lines = [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]]
     decoding = front.get("decoding", {})
     note = ", ".join(f"{name} {value}" for name, value in decoding.items())
     return (
         f"\n![Front]({PICTURE})\n\nMeans of the raw rewards at each weighting "
         f"({' / '.join(names)}), {front['reference']['n']} prompts; decoding: {note}.\n\n"
-        + "\n".join(lines)
+        + markdown_table(head, rows)
         + "\n"
     )
 
