@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import combinations
 from typing import TYPE_CHECKING, Any
+
+from ..panels import MARKERS, axis_label, drawn, new_panels, reward_pairs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["plot_front"]
-
-_MARKERS = "osD^vPX"
-_MAX_PANELS = 6
 
 
 def plot_front(front: Mapping[str, Any]) -> Figure:
@@ -28,22 +26,10 @@ def plot_front(front: Mapping[str, Any]) -> Figure:
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        message = 'plot_front needs matplotlib: pip install "clp_lightning[plots]"'
-        raise ModuleNotFoundError(message) from error
-
-    names = front["rewards"]
-    pairs = list(combinations(names, 2))[:_MAX_PANELS] or [("kl", names[0])]
-    columns = min(3, len(pairs))
-    rows = -(-len(pairs) // columns)
-    figure = Figure(figsize=(4.4 * columns, 3.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for ax, (x, y) in zip(axes, pairs, strict=False):
+    pairs = reward_pairs(front["rewards"])
+    figure, axes = new_panels(len(pairs), min(3, len(pairs)), 4.4, 3.6)
+    for ax, (x, y) in zip(axes, pairs, strict=True):
         _draw(ax, front, x, y)
-    for ax in axes[len(pairs) :]:
-        ax.set_axis_off()
     axes[0].legend(fontsize="small")
     return figure
 
@@ -59,18 +45,18 @@ def _draw(ax: Axes, front: Mapping[str, Any], x: str, y: str) -> None:
             c=[point["weights"].get(x, 1.0) for point in points],
             vmin=0,
             vmax=1,
-            marker=_MARKERS[i % len(_MARKERS)],
+            marker=MARKERS[i % len(MARKERS)],
             label=f"alpha {alpha:g}",
         )
     reference = front["reference"]
     ax.scatter(_at(reference, x), _at(reference, y), c="black", marker="*", s=90, label="reference")
     if x in front["rewards"]:
         ax.figure.colorbar(ax.collections[0], ax=ax, label=f"weight of {x}")
-    ax.set_xlabel(x if x in front["rewards"] else "KL to the reference, nats per response")
+    ax.set_xlabel(axis_label(x, front["rewards"]))
     ax.set_ylabel(y)
 
 
 def _at(point: Mapping[str, Any], axis: str) -> float:
     """A coordinate; NaN, which is not drawn, for one that is undefined."""
     value = point["kl"] if axis == "kl" and "kl" not in point["rewards"] else point["rewards"][axis]
-    return float("nan") if value is None else value
+    return drawn(value)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+from ..panels import MARKERS, axis_label, drawn, new_panels, reward_pairs
 from ..tables import point_label
 
 if TYPE_CHECKING:
@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_comparison"]
 
-_MARKERS = "osD^vPX"
 _LINES = ("-", "--", ":", "-.")
-_MAX_PAIRS = 6
 
 
 def plot_comparison(comparison: Mapping[str, Any]) -> Figure:
@@ -31,14 +29,7 @@ def plot_comparison(comparison: Mapping[str, Any]) -> Figure:
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        message = 'plot_comparison needs matplotlib: pip install "clp_lightning[plots]"'
-        raise ModuleNotFoundError(message) from error
-
-    methods, names = comparison["methods"], comparison["rewards"]
-    pairs = [*combinations(names, 2)][:_MAX_PAIRS] or [("kl", names[0])]
+    methods = comparison["methods"]
     by_preference = {
         "value": "V (black: reference)",
         "value_difference": f"V minus that of {comparison['against']}",
@@ -46,19 +37,16 @@ def plot_comparison(comparison: Mapping[str, Any]) -> Figure:
         "closed_gap_unseen": "closed gap, unseen contexts",
     }
     known = {name for m in methods for p in m["points"] for name in by_preference if p.get(name)}
-    panels = [*pairs, *((name,) for name in by_preference if name in known)]
+    panels: list[tuple[str, ...]] = [*reward_pairs(comparison["rewards"])]
+    panels += [(name,) for name in by_preference if name in known]
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.8 * columns, 4.0 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for ax, panel in zip(axes, panels, strict=False):
+    figure, axes = new_panels(len(panels), columns, 4.8, 4.0)
+    for ax, panel in zip(axes, panels, strict=True):
         if len(panel) == 2:
             _draw_front(ax, comparison, *panel)
         else:
             _draw_by_preference(ax, comparison, *panel)
             ax.set_ylabel(by_preference[panel[0]])
-    for ax in axes[len(panels) :]:
-        ax.set_axis_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
 
@@ -75,7 +63,7 @@ def _draw_front(ax: Axes, comparison: Mapping[str, Any], x: str, y: str) -> None
                 xerr=_reach(across),
                 yerr=_reach(up),
                 color=f"C{i}",
-                fmt=_MARKERS[j % len(_MARKERS)],
+                fmt=MARKERS[j % len(MARKERS)],
                 linestyle="-" if len(names) == 2 else "",
                 linewidth=1,
                 elinewidth=0.3,
@@ -83,9 +71,9 @@ def _draw_front(ax: Axes, comparison: Mapping[str, Any], x: str, y: str) -> None
                 label=method["label"] if j == 0 else None,
             )
     reference = {"kl": 0.0, **comparison["reference"]["rewards"]}
-    at = _float(reference[x]), _float(reference[y])
+    at = drawn(reference[x]), drawn(reference[y])
     ax.scatter(*at, c="black", marker="*", s=90, label="reference")
-    ax.set_xlabel(x if x in names else "KL to the reference, nats per response")
+    ax.set_xlabel(axis_label(x, names))
     ax.set_ylabel(y)
 
 
@@ -102,10 +90,10 @@ def _draw_by_preference(ax: Axes, comparison: Mapping[str, Any], what: str) -> N
             line = _LINES[j % len(_LINES)]
             each = [point[what] for point in known]
             ax.plot(x, _means(each), color=f"C{i}", linestyle=line, marker=".", linewidth=1)
-            low, high = ([_float(e[end]) for e in each] for end in ("low", "high"))
+            low, high = ([drawn(e[end]) for e in each] for end in ("low", "high"))
             ax.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
             if what == "value" and i == 0:
-                reference = [_float(point["value_reference"]) for point in known]
+                reference = [drawn(point["value_reference"]) for point in known]
                 ax.plot(x, reference, color="black", linestyle=line, linewidth=1)
     if len(names) == 2:
         ax.set_xlabel(f"weight of {names[0]}")
@@ -137,16 +125,11 @@ def _coordinate(point: Mapping[str, Any], axis: str) -> Mapping[str, float | Non
 
 
 def _means(numbers: Sequence[Mapping[str, float | None]]) -> list[float]:
-    return [_float(number["mean"]) for number in numbers]
+    return [drawn(number["mean"]) for number in numbers]
 
 
 def _reach(numbers: Sequence[Mapping[str, float | None]]) -> list[list[float]]:
     """How far the intervals reach below and above, for matplotlib; a mean may lie outside."""
-    low = [_float(e["mean"]) - _float(e["low"]) for e in numbers]
-    high = [_float(e["high"]) - _float(e["mean"]) for e in numbers]
+    low = [drawn(e["mean"]) - drawn(e["low"]) for e in numbers]
+    high = [drawn(e["high"]) - drawn(e["mean"]) for e in numbers]
     return [[max(value, 0.0) for value in side] for side in (low, high)]
-
-
-def _float(value: float | None) -> float:
-    """NaN, which is not drawn, for what is undefined."""
-    return float("nan") if value is None else value
