@@ -44,13 +44,13 @@ class LearningSignal(LightningModule):
 
         The KL carries a gradient only if ``kl="vocabulary"``; a log-ratio has none to give.
         """
-        whole = self.kl == "vocabulary"
-        ask = self.policy.log_distributions if whole else self.policy.logprobs
+        every_token = self.kl == "vocabulary"
+        ask = self.policy.log_distributions if every_token else self.policy.logprobs
         with self.policy.conditioned(rollout.preference):
             own = ask(rollout)
         with self.policy.reference():
             ref = ask(rollout)
-        if not whole:
+        if not every_token:
             return own, log_ratio(own.detach(), ref)
         logp = own.gather(-1, rollout.response_ids.unsqueeze(-1)).squeeze(-1)
         return logp, vocabulary_kl(own, ref)
