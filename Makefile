@@ -57,7 +57,7 @@ test-all: lint docs
 
 # Every method on the exact task, about two hours on two cores: benchmarks/exact/README.md.
 benchmark-exact: install
-	$(BIN)/python benchmarks/exact/run.py --jobs $(JOBS)
+	$(BIN)/python -m benchmarks.exact.run --jobs $(JOBS)
 
 # Peak memory of a LoRA-CLP step beside one of plain PEFT LoRA.
 benchmark-memory: install
@@ -80,7 +80,7 @@ benchmark-scaling: install
 
 # Five methods and two seeds on SmolLM2, about two hours on two cores: benchmarks/smollm2/README.md.
 benchmark-smollm2: install
-	$(BIN)/python benchmarks/smollm2/run.py --jobs $(JOBS)
+	$(BIN)/python -m benchmarks.smollm2.run --jobs $(JOBS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -5,25 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
+from benchmarks.exact import plan, run
 from clp_lightning.cli import main
 
-FOLDER = Path(__file__).parents[1] / "benchmarks" / "exact"
 
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import plan
-    import run
-
-    return plan, run
-
-
-def test_every_run_of_the_plan_builds(scripts: tuple[Any, Any], tmp_path: Path) -> None:
-    plan, run = scripts
+def test_every_run_of_the_plan_builds(tmp_path: Path) -> None:
     runs = plan.plan()
     assert len({one.name for one in runs}) == len(runs)
     for one in runs:
@@ -37,8 +25,7 @@ def test_every_run_of_the_plan_builds(scripts: tuple[Any, Any], tmp_path: Path) 
         assert str(cli.model.policy.pretrained.name).startswith(str(tmp_path))
 
 
-def test_methods_sample_alike(scripts: tuple[Any, Any], tmp_path: Path) -> None:
-    plan, run = scripts
+def test_methods_sample_alike(tmp_path: Path) -> None:
     budgets: dict[str, set[int]] = {}
     for one in plan.plan():
         config = run.build_config(one, tmp_path)
@@ -50,8 +37,7 @@ def test_methods_sample_alike(scripts: tuple[Any, Any], tmp_path: Path) -> None:
         assert len(budgets[group]) == 1, group
 
 
-def test_entries_are_changed_by_path(scripts: tuple[Any, Any]) -> None:
-    _, run = scripts
+def test_entries_are_changed_by_path() -> None:
     config: dict[str, Any] = {"a": [{"b": 1}, {"c": {"d": 2}}]}
     run.change_entries(config, {"a.1.c.d": 3, "a.0.b": {"e": 4}, "f": 5})
     assert config == {"a": [{"b": {"e": 4}}, {"c": {"d": 3}}], "f": 5}

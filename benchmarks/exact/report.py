@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import string
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plan import plan
 from scipy.stats import t as student
+
+from clp_lightning.compare import compare
+from clp_lightning.tables import markdown_table
+
+from ..shared import machine
+from .plan import plan
+
+__all__ = ["write_report"]
 
 HERE = Path(__file__).parent
 # Closed gap that issue and design ask for: mean and worst weighting.
@@ -28,7 +33,6 @@ TARGETS = {
     "full-CLP, K = 3": (0.995, 0.99),
 }
 LEVELS = ("0.9", "0.95", "0.99")
-Row = Sequence[str]
 
 
 class Results:
@@ -66,12 +70,6 @@ def span(values: np.ndarray, digits: int = 4) -> str:
     if len(values) == 1:
         return mean
     return f"{mean} ({values.min():.{digits}f} to {values.max():.{digits}f})"
-
-
-def table(head: Row, rows: Iterable[Row]) -> str:
-    """Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def gap_cells(results: Results, group: str, label: str) -> list[str]:
@@ -115,7 +113,7 @@ def methods_table(results: Results) -> str:
             ]
         )
     head = ["method", "seeds", "closed gap, mean", "worst weighting", "asked", "steps", "tokens"]
-    return table([*head, "trained parameters", "models", "forwards", "wall s"], rows)
+    return markdown_table([*head, "trained parameters", "models", "forwards", "wall s"], rows)
 
 
 def plain_table(results: Results, group: str) -> str:
@@ -124,7 +122,7 @@ def plain_table(results: Results, group: str) -> str:
         [label, str(len(results.fronts[group, label])), *gap_cells(results, group, label)]
         for label in results.labels(group)
     ]
-    return table(["run", "seeds", "closed gap, mean", "worst", "asked"], rows)
+    return markdown_table(["run", "seeds", "closed gap, mean", "worst", "asked"], rows)
 
 
 def difference_table(results: Results, ours: str, rival: str) -> str:
@@ -145,7 +143,7 @@ def difference_table(results: Results, ours: str, rival: str) -> str:
         ]
         for i, point in enumerate(points)
     ]
-    return table(["weight of `first`", ours, rival, "difference, 95 %"], rows)
+    return markdown_table(["weight of `first`", ours, rival, "difference, 95 %"], rows)
 
 
 def hard_table(results: Results) -> str:
@@ -162,7 +160,9 @@ def hard_table(results: Results) -> str:
         ]
         rows.append([label, str(len(curves)), *ends, *map(needed(curves).get, LEVELS)])
     ends = ["seen, mean", "seen, worst", "unseen, mean", "unseen, worst"]
-    return table(["method", "seeds", *ends, *(f"tokens for {level}" for level in LEVELS)], rows)
+    return markdown_table(
+        ["method", "seeds", *ends, *(f"tokens for {level}" for level in LEVELS)], rows
+    )
 
 
 def needed(curves: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -227,16 +227,6 @@ def draw_methods(results: Results, file: Path) -> None:
     figure.savefig(file, dpi=90)
 
 
-def machine() -> str:
-    """Cores and their model."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].split(":")[1].strip() if models else name
-    return f"{os.cpu_count()} cores of {name}"
-
-
 def commit() -> str:
     """What the checkout is at."""
     command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
@@ -245,8 +235,6 @@ def commit() -> str:
 
 def compare_methods(results: Results) -> str:
     """The library's own comparison of the sampled fronts; its picture goes beside the report."""
-    from clp_lightning.compare import compare
-
     runs = [
         f"{run.label}={results.out / run.name}"
         for run in plan()

@@ -1,6 +1,6 @@
 """Runs every method on the exactly solvable task, and writes the report.
 
-    python benchmarks/exact/run.py [--jobs 2] [--only PATTERN] [--out runs/benchmark-exact]
+    python -m benchmarks.exact.run [--jobs 2] [--only PATTERN] [--out runs/benchmark-exact]
 
 plan.py says what is run. A run whose front lies in ``--out`` and was made from the same config is
 not repeated, so a benchmark that was stopped goes on where it was. The report is README.md beside
@@ -10,16 +10,16 @@ this file. One core per job.
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import yaml
-from plan import Run, plan, slug
+
+from ..shared import run_command
+from .plan import Run, plan, slug
+from .report import write_report
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "exact"
 
@@ -57,15 +57,13 @@ def perform(run: Run, out: Path) -> bool:
     folder.parent.mkdir(parents=True, exist_ok=True)
     (folder / "front.json").unlink(missing_ok=True)
     file.write_text(text)
-    command = [sys.executable, "-m", "clp_lightning", "test" if run.of else "fit"]
-    command += ["--config", str(file)]
+    command = ["test" if run.of else "fit", "--config", str(file)]
     if run.of:
         command += ["--ckpt_path", str(out / run.group / f"{slug(run.of)}-{run.seed}")]
-    one_core = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    with folder.with_suffix(".log").open("w") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **one_core})
-    print(f"{run.name}: {'done' if not code.returncode else f'FAILED, see {log.name}'}", flush=True)
-    return not code.returncode
+    log = folder.with_suffix(".log")
+    done = run_command(command, log)
+    print(f"{run.name}: {'done' if done else f'FAILED, see {log}'}", flush=True)
+    return done
 
 
 def main() -> int:
@@ -82,8 +80,6 @@ def main() -> int:
         done = [*pool.map(lambda run: perform(run, args.out), trained)]
         done += pool.map(lambda run: perform(run, args.out), evaluated)
     if not args.only:
-        from report import write_report
-
         write_report(args.out)
     return 0 if all(done) else 1
 

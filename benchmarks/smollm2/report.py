@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
 import string
 from collections.abc import Mapping
@@ -17,6 +15,9 @@ import yaml
 from clp_lightning.compare import compare
 from clp_lightning.compare.figure import plot_comparison
 from clp_lightning.functional import dial_passes
+from clp_lightning.tables import markdown_table
+
+from ..shared import machine
 
 __all__ = ["write_report"]
 
@@ -107,13 +108,13 @@ def corner_table(comparison: Mapping[str, Any]) -> str:
         kl = " / ".join(f"{point['kl']['mean']:.1f}" for point in at)
         rows.append([method["label"], *best, kl])
     head = ["", *(f"{name} at {name} = 1" for name in names), "KL there, nats"]
-    return table([head, *rows])
+    return markdown_table(head, rows)
 
 
 def run_table(methods: Mapping[str, Mapping[int, Path]]) -> str:
     """Every run alone, each measured against its own reference in its own units."""
     measures = ["value gain", "steering gain (predicted)", "consistency", "envy", "largest KL"]
-    rows = [["method, seed", *measures, "dial"]]
+    rows = []
     for label, runs in methods.items():
         for seed, run in runs.items():
             front = json.loads((run / "front.json").read_text())
@@ -130,12 +131,7 @@ def run_table(methods: Mapping[str, Mapping[int, Path]]) -> str:
                     "passes" if dial_passes(front) else "fails",
                 ]
             )
-    return table(rows)
-
-
-def table(rows: list[list[str]]) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(["method, seed", *measures, "dial"], rows)
 
 
 def shown(value: float | None) -> str:
@@ -146,13 +142,3 @@ def interval(number: Mapping[str, float | None] | None) -> str:
     if number is None or number["low"] is None:
         return shown(number and number["mean"])
     return f"{shown(number['mean'])} [{shown(number['low'])}, {shown(number['high'])}]"
-
-
-def machine() -> str:
-    """Processor and number of cores."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].split(":")[1].strip() if models else name
-    return f"{os.cpu_count()} cores, {name}"

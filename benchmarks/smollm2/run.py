@@ -1,6 +1,6 @@
 """The quickstart by five methods and two seeds, compared; writes the README beside this file.
 
-    python benchmarks/smollm2/run.py [--jobs 2] [--only PATTERN] [--report]
+    python -m benchmarks.smollm2.run [--jobs 2] [--only PATTERN] [--report]
 
 A run whose front lies in runs/smollm2 is not repeated, so a benchmark that was stopped goes on
 where it was. One core per job.
@@ -9,14 +9,12 @@ where it was. One core per job.
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from report import write_report
+from ..shared import run_command
+from .report import write_report
 
 RUNS = Path("runs")
 METHODS = {
@@ -32,13 +30,9 @@ EVAL_PROMPTS = 32  # of the quickstart's 48: the fronts take a third of the time
 
 def fit(config: str, log: Path, *arguments: str) -> bool:
     """One training run with its front; False where it failed."""
-    command = [sys.executable, "-m", "clp_lightning", "fit", "--config", config, *arguments]
-    one_core = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as stream:
-        run = subprocess.run(command, stdout=stream, stderr=stream, env={**os.environ, **one_core})
-    print(f"{config} {' '.join(arguments)}: {'FAILED, see ' if run.returncode else ''}{log}")
-    return not run.returncode
+    done = run_command(["fit", "--config", config, *arguments], log)
+    print(f"{config} {' '.join(arguments)}: {'' if done else 'FAILED, see '}{log}")
+    return done
 
 
 def perform(method: str, seed: int) -> bool:
