@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,7 @@ def test_build_skips_what_is_there_and_refuses_another_task(
     assert build_base(task, folder) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     assert not [p for p in folder.parent.iterdir() if p.name.startswith(".")]  # no scratch left
+    assert build_base(replace(task, num_rewards=3, correlation=0.5), folder) == folder
     with pytest.raises(ValueError, match="choose another folder"):
         build_base(ExactTask(task_seed=1), folder)
 
