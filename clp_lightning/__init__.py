@@ -43,6 +43,7 @@ _HOME = {
     "LogUniformAlpha": "callbacks",
     "MOD": "policy",
     "Mixture": "conditioning",
+    "MuonAdamW": "modules",
     "Pattern": "rewards",
     "Plain": "rewards",
     "Policy": "policy",

@@ -2,6 +2,7 @@
 
 from .clp import CLPModule, TrainingDiverged
 from .critic import Critic
+from .optimizers import MuonAdamW
 from .supervised import SupervisedModule
 
-__all__ = ["CLPModule", "Critic", "SupervisedModule", "TrainingDiverged"]
+__all__ = ["CLPModule", "Critic", "MuonAdamW", "SupervisedModule", "TrainingDiverged"]
