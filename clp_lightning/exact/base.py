@@ -1,4 +1,4 @@
-"""The reference of an exact task: a two-layer Llama over its tokens, saved as a plain folder."""
+"""The reference of an exact task: a two-layer model over its tokens, saved as a plain folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from ..keyed import generator
 from .task import ExactTask
@@ -39,29 +46,51 @@ def task_tokenizer(task: ExactTask) -> PreTrainedTokenizerFast:
     )
 
 
-def train_base(task: ExactTask) -> LlamaForCausalLM:
-    """Fits the model to the task's Markov chains; the same weights for the same task.
-
-    400 Adam steps on the cross-entropy to the chain's own next-token distributions (not to
-    sampled tokens, which would only add noise), at prefixes sampled from the chain.
-    """
-    config = LlamaConfig(
+def base_config(task: ExactTask) -> PretrainedConfig:
+    """A Llama; where positions must be absolute, a GPT-2 of the same size."""
+    longest = MAX_PREFIX + task.contexts.shape[1] + task.length
+    special: dict[str, Any] = {
+        "bos_token_id": None,
+        "eos_token_id": task.stop_id,
+        "pad_token_id": task.pad_id,
+    }
+    if task.absolute_positions:
+        return GPT2Config(
+            vocab_size=task.num_tokens,
+            n_positions=longest,
+            n_embd=HIDDEN,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            n_inner=2 * HIDDEN,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            tie_word_embeddings=False,
+            **special,
+        )
+    return LlamaConfig(
         vocab_size=task.num_tokens,
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
-        max_position_embeddings=MAX_PREFIX + task.contexts.shape[1] + task.length,
+        max_position_embeddings=longest,
         tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=task.stop_id,
-        pad_token_id=task.pad_id,
+        **special,
     )
+
+
+def train_base(task: ExactTask) -> PreTrainedModel:
+    """Fits the model to the task's Markov chains; the same weights for the same task.
+
+    400 Adam steps on the cross-entropy to the chain's own next-token distributions (not to
+    sampled tokens, which would only add noise), at prefixes sampled from the chain.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.task_seed)
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(base_config(task))
     # The padding's embedding is an ordinary token's here: it is trained, and starts like others.
-    model.model.embed_tokens.padding_idx = None
+    model.get_input_embeddings().padding_idx = None
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, NUM_STEPS)
     draw = generator(task.task_seed, SAMPLES)
@@ -112,11 +141,12 @@ def _holds(task: ExactTask, folder: Path) -> bool:
     """Whether ``folder`` holds the base of ``task``; False where it is missing or empty."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    marker = folder / MARKER
-    if marker.is_file() and _identity(json.loads(marker.read_text())) == _identity(
-        task.arguments()
-    ):
-        return True
+    files = folder / MARKER, folder / "config.json"
+    if all(file.is_file() for file in files):
+        arguments, config = (json.loads(file.read_text()) for file in files)
+        kind = config.get("model_type") == base_config(task).model_type
+        if kind and _identity(arguments) == _identity(task.arguments()):
+            return True
     raise ValueError(f"'{folder}' does not hold the base of {task}; choose another folder.")
 
 

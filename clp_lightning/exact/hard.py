@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,9 +27,10 @@ class HardTask(ExactTask):
     what is learnt of some pairs tells of the others. ``num_unseen`` pairs, chosen so that every
     token still stands in both places among the rest, are never trained on.
 
-    The prompt of the pair (a, b) is "a b c" with the token c that comes after b, cyclically. c
-    tells nothing new, but without it the prompt of an equal pair would be two tokens alike, and a
-    model with relative positions cannot count tokens that are all alike (see ``contexts``).
+    The base is a GPT-2: a token and its absolute position are a sum in its embeddings, so the two
+    parts are two vectors before the first layer. A Llama must first learn from the distance which
+    of the two tokens is which, and instead keeps each pair for itself: with it half as much was
+    learnt of the unseen pairs. Absolute positions also count tokens that are all alike.
 
     There are four rewards, each standardised per context like those of ``ExactTask``:
 
@@ -53,6 +55,7 @@ class HardTask(ExactTask):
     num_rewards: int = field(init=False, repr=False, default=4)
     stop: bool = field(init=False, repr=False, default=False)
     correlation: float = 0.7
+    absolute_positions: ClassVar[bool] = True
     num_unseen: int = 9
 
     def __post_init__(self) -> None:
@@ -68,9 +71,8 @@ class HardTask(ExactTask):
 
     @cached_property
     def contexts(self) -> Tensor:
-        """Token ids of the prompts, in the order of their pairs, shape (X, 3)."""
-        pairs = torch.tensor(list(itertools.product(range(self.num_tokens), repeat=2)))
-        return torch.cat([pairs, (pairs[:, 1:] + 1) % self.num_tokens], dim=-1)
+        """Token ids of the prompts, every pair in lexicographic order, shape (X, 2)."""
+        return torch.tensor(list(itertools.product(range(self.num_tokens), repeat=2)))
 
     @cached_property
     def unseen(self) -> Tensor:

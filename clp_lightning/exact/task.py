@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,9 @@ class ExactTask(Described):
     num_rewards: int = 2
     stop: bool = False
     correlation: float = 0.0
+
+    # Whether the base must count positions from the left, as a GPT-2 does.
+    absolute_positions: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.task_seed < 0:

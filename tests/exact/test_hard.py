@@ -23,13 +23,11 @@ def interaction(values: Tensor, num_tokens: int) -> Tensor:
     return table - table[:1] - table[:, :1] + table[:1, :1]
 
 
-def test_contexts_are_all_pairs_and_no_prompt_is_of_tokens_all_alike(task: HardTask) -> None:
+def test_contexts_are_all_pairs(task: HardTask) -> None:
     assert task.num_contexts == len(set(task.prompts)) == 36
     assert len(task.responses) == 7776
-    pairs = {tuple(prompt.split()[:2]) for prompt in task.prompts}
-    assert pairs == {(a, b) for a in "abcdef" for b in "abcdef"}
-    assert task.prompts[0] == "a a b" and task.prompts[-1] == "f f a"
-    assert all(len(set(prompt.split())) > 1 for prompt in task.prompts)
+    assert set(task.prompts) == {f"{a} {b}" for a in "abcdef" for b in "abcdef"}
+    assert task.prompts[0] == "a a" and task.prompts[-1] == "f f"
 
 
 @pytest.mark.parametrize("task_seed", range(5))
@@ -39,7 +37,7 @@ def test_every_token_is_seen_in_both_places(
 ) -> None:
     task = HardTask(task_seed, num_tokens, length=2, num_unseen=num_unseen)
     assert task.unseen.sum() == num_unseen
-    seen = task.contexts[~task.unseen, :2]
+    seen = task.contexts[~task.unseen]
     for place in seen.T:
         assert len(place.unique()) == num_tokens
 
