@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from .functional import parse_weights
+from .functional import parse_weights, write_weights
 from .metrics import Grid
 from .steerable import SteerablePolicy
 from .tables import print_table
@@ -22,6 +23,8 @@ __all__ = ["steer"]
 _HELP = """\
 Type a prompt. Then move the dial: {example} gives the weights, alpha=0.2 the pull to the
 reference, and the prompt is answered again. An empty line ends."""
+_MOVE = re.compile(r"\s*([\w-]+)\s*=\s*[-+.\d]\S*\s*")
+"""What moves the dial looks like this between its commas."""
 
 
 def steer(
@@ -101,7 +104,8 @@ class _Dial:
     ) -> None:
         self.policy, self.decoding, self.divisions = policy, dict(decoding), divisions
         names = policy.names
-        self.weights = parse_weights(weights) if weights else dict.fromkeys(names, 1 / len(names))
+        equal = dict.fromkeys(names, 1 / len(names))
+        self.weights = equal if weights is None else parse_weights(weights)
         self.alpha = policy.usual_alpha() if alpha is None else alpha
         self.chat = chat and bool(policy.policy.tokenizer.chat_template)
         policy.preference(self.weights, self.alpha)  # a mistake shows before the first prompt
@@ -157,16 +161,20 @@ class _Dial:
 
     def converse(self, answer: Callable[[Any], None]) -> None:
         """Answers lines from the keyboard until an empty one."""
-        example = ",".join(f"{name}={weight:.2g}" for name, weight in self.weights.items())
-        print(_HELP.format(example=example), file=sys.stderr)
+        print(_HELP.format(example=write_weights(self.weights, 2)), file=sys.stderr)
         text: str | None = None
         while line := _ask(f"[{self.shown()}] > "):
-            if not self.is_move(line):
-                text = line
-            elif not self.move(line):
-                continue
-            if text is not None:
-                answer(text)
+            try:
+                if self.is_move(line):
+                    self.move(line)
+                else:
+                    text = line
+                if text is not None:
+                    answer(text)
+            except ValueError as error:
+                print(error, file=sys.stderr)
+            except KeyboardInterrupt:  # enough of this answer
+                print()
 
     def shown(self) -> str:
         """Where the dial stands."""
@@ -174,38 +182,54 @@ class _Dial:
         return f"{', '.join(parts)}; alpha {self.alpha:g}"
 
     def is_move(self, line: str) -> bool:
-        """Whether ``line`` is about the dial."""
-        names = {part.split("=")[0].strip() for part in line.split(",")}
-        return "=" in line and names <= {*self.policy.names, "alpha"}
+        """Whether ``line`` is about the dial, a mistyped name included."""
+        parts = line.split(",")
+        names = {part.split("=")[0].strip() for part in parts}
+        return "=" in line and (
+            names <= {*self.policy.names, "alpha"} or all(map(_MOVE.fullmatch, parts))
+        )
 
-    def move(self, line: str) -> bool:
-        """Moves the dial; where that is not possible, says why and returns False."""
-        try:
-            wanted = parse_weights(line)
-            alpha = wanted.pop("alpha", self.alpha)
-            weights = wanted or self.weights
-            self.policy.preference(weights, alpha)
-        except ValueError as error:
-            print(error, file=sys.stderr)
-            return False
+    def move(self, line: str) -> None:
+        """Moves the dial.
+
+        Raises:
+            ValueError: that is not possible; the dial stays where it was.
+        """
+        wanted = parse_weights(line)
+        alpha = wanted.pop("alpha", self.alpha)
+        weights = wanted or self.weights
+        self.policy.preference(weights, alpha)
         self.weights, self.alpha = weights, alpha
-        return True
 
 
 def _ask(question: str) -> str:
+    if not sys.stdin.isatty():  # what is piped in is not prompted for among the answers
+        return sys.stdin.readline().strip()
     try:
         return input(question).strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
+        print()
         return ""
 
 
 def _read(file: Path) -> list[Any]:
-    lines = [line for line in file.read_text().splitlines() if line.strip()]
-    if file.suffix == ".jsonl":
-        rows = [json.loads(line) for line in lines]
-        if not all(isinstance(row, dict) and "prompt" in row for row in rows):
-            raise ValueError(f"Every line of {file} must be a record with 'prompt'.")
-        lines = [row["prompt"] for row in rows]
-    if not lines:
+    # Not splitlines(), which also cuts where JSON may have a line separator inside a string.
+    lines = [line for line in file.read_text().split("\n") if line.strip()]
+    prompts = [_prompt(line, file) for line in lines] if file.suffix == ".jsonl" else lines
+    if not prompts:
         raise ValueError(f"{file} holds no prompts.")
-    return lines
+    return prompts
+
+
+def _prompt(line: str, file: Path) -> Any:
+    """The prompt of one record."""
+    try:
+        prompt = json.loads(line)["prompt"]
+        if isinstance(prompt, str) or (prompt and all({"role", "content"} <= {*m} for m in prompt)):
+            return prompt
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise ValueError(
+        f"Every line of {file} must be a record with 'prompt', a text or a list of messages with "
+        f"'role' and 'content'; this is none: {line[:80]}"
+    )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clp_lightning import Pretrained, SteerablePolicy
+import torch
+
+from clp_lightning import LoRA, Policy, Pretrained, SteerablePolicy
 from clp_lightning.conditioning import Conditioner
 from clp_lightning.described import describe
 from clp_lightning.pretrained import fingerprint
@@ -43,3 +45,17 @@ def make_steerable(
         **(settings | options),
     )
     return SteerablePolicy(policy, trained)
+
+
+def named_steerable(
+    names: list[str], base: Path, conditioner: Conditioner | None = None
+) -> SteerablePolicy:
+    """One whose rewards have these names; its conditioner is a LoRA if None."""
+    made = make_steerable(base)
+    policy = Policy(str(base), conditioner or LoRA(rank=2, shared_rank=2))
+    policy.build(names)
+    for parameter in policy.trained_parameters().values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    made.trained.rewards, made.policy = names, policy
+    made.trained.conditioner = describe(policy.conditioner)
+    return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import runpy
 import shlex
@@ -159,7 +160,7 @@ def test_the_commands_of_the_dial_run(
     trained = replace(trained, rewards=QUICKSTART, conditioner=describe(conditioner))
     SteerablePolicy(policy, trained).save_pretrained(tmp_path / "runs/quickstart")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("builtins.input", lambda question: "")  # the interactive one ends
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))  # the interactive one ends
     Path("presets.yaml").write_text(code_of(page, "yaml")[0])
     lines = [line for line in commands("python -m clp_lightning", [page]) if " pick " not in line]
     assert len(lines) >= 5

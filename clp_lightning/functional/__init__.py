@@ -13,7 +13,14 @@ from .pareto import (
     non_dominated,
     spearman,
 )
-from .simplex import check_alpha, check_weights, parse_weights, sample_weights, simplex_grid
+from .simplex import (
+    check_alpha,
+    check_weights,
+    parse_weights,
+    sample_weights,
+    simplex_grid,
+    write_weights,
+)
 from .steering import (
     consistency,
     cross_fitted_envy,
@@ -58,4 +65,5 @@ __all__ = [
     "token_logprobs",
     "value_matrix",
     "vocabulary_kl",
+    "write_weights",
 ]

@@ -8,7 +8,14 @@ from itertools import combinations, pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["check_alpha", "check_weights", "parse_weights", "sample_weights", "simplex_grid"]
+__all__ = [
+    "check_alpha",
+    "check_weights",
+    "parse_weights",
+    "sample_weights",
+    "simplex_grid",
+    "write_weights",
+]
 
 
 def sample_weights(
@@ -146,6 +153,19 @@ def parse_weights(text: str) -> dict[str, float]:
             raise ValueError(f"'{text}' gives the weight of '{name}' twice.")
         weights[name] = value
     return weights
+
+
+def write_weights(weights: Mapping[str, float], digits: int) -> str:
+    """What ``parse_weights`` reads: rounded, and still summing to 1, at the largest's cost.
+
+    Example:
+        >>> write_weights({"support": 1 / 3, "brevity": 1 / 3, "plain": 1 / 3}, 2)
+        'support=0.34,brevity=0.33,plain=0.33'
+    """
+    written = {name: round(float(weight), digits) for name, weight in weights.items()}
+    largest = max(written, key=written.__getitem__)
+    written[largest] = round(1 - (sum(written.values()) - written[largest]), digits)
+    return ",".join(f"{name}={weight:g}" for name, weight in written.items())
 
 
 def check_alpha(alpha: float) -> float:

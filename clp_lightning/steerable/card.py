@@ -13,7 +13,7 @@ from ..pretrained import Pretrained, locate
 from ..tables import markdown_table, point_cells, point_label
 from .trained import Trained
 
-__all__ = ["PICTURE", "base_licence", "model_card"]
+__all__ = ["PICTURE", "base_licence", "hub_name", "model_card"]
 
 _BODY = """
 # A steerable policy: {rewards}
@@ -54,7 +54,7 @@ def model_card(trained: Trained, adapters: list[str], version: str, place: str) 
     local = Path(base.name).expanduser().is_dir()
     data = ModelCardData(
         library_name="clp_lightning",
-        base_model=None if local else base.name,
+        base_model=hub_name(base),
         license=licence,
         tags=["clp_lightning", "conditioned-language-policy", "multi-objective", "steerable"],
     )
@@ -120,14 +120,20 @@ def _front(front: dict[str, Any]) -> str:
 PICTURE = "front.png"
 
 
+def hub_name(base: Pretrained) -> str | None:
+    """The base's name on the hub; None for a folder and for an installed package."""
+    return None if Path(base.name).expanduser().is_dir() or "/" not in base.name else base.name
+
+
 def base_licence(base: Pretrained) -> str | None:
     """The licence that the base's own card names; None where there is no card, or none named."""
     card = locate(base) / "README.md"
     if not card.is_file():
-        if Path(base.name).expanduser().is_dir() or "/" not in base.name:
+        name = hub_name(base)
+        if name is None:
             return None
         try:
-            card = Path(hf_hub_download(base.name, "README.md", revision=base.revision))
+            card = Path(hf_hub_download(name, "README.md", revision=base.revision))
         except (OSError, ValueError):  # not there, or no network
             return None
     header = card.read_text(errors="replace").split("\n---", 1)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -75,7 +76,16 @@ def read_rewards(run: str | Path) -> dict[str, Any]:
 def _load(run: str | Path) -> tuple[Path, dict[str, Any]]:
     """The checkpoint's file and contents; of tensors that nobody uses, nothing is read."""
     file = checkpoint_file(run)
-    return file, torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds more than tensors and plain values, which is not unpickled; a CLP run's "
+            "does not. Was it written by something else?"
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{file} holds a {type(checkpoint).__name__}, not a run's checkpoint.")
+    return file, checkpoint
 
 
 def _older(settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..conditioning.adapter import PEFT_PREFIX, save_adapter
@@ -51,6 +53,7 @@ def write_folder(folder: Path, policy: Policy, trained: Trained, version: str) -
         )
     _prepare(folder)
     rest = {name: parameter.detach() for name, parameter in policy.trained_parameters().items()}
+    own = _own_adapters(trained.conditioner, trained.rewards)
     for name, layers in adapters.items():
         check_reward_name(name)
         save_adapter(
@@ -60,7 +63,7 @@ def write_folder(folder: Path, policy: Policy, trained: Trained, version: str) -
             revision=trained.pretrained.revision,
             is_encoder_decoder=policy.model.config.is_encoder_decoder,
         )
-        for key in _adapter_keys(name, layers, trained.rewards).values():
+        for key in _adapter_keys(name, layers, own).values():
             rest.pop(key)
     tensors = {key: value.detach().cpu().contiguous() for key, value in rest.items()}
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
@@ -97,8 +100,25 @@ def read_folder(folder: Path, trust_remote_code: bool) -> Trained:
     """What ``write_folder`` wrote.
 
     Raises:
-        ValueError: a newer schema, or a name that is none.
+        ValueError: a newer schema, a name that is none, or files that are damaged.
     """
+    with _naming(folder):
+        return _read(folder, trust_remote_code)
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Turns what damaged files raise into one error that names the folder."""
+    try:
+        yield
+    except (json.JSONDecodeError, SafetensorError, KeyError, TypeError, FileNotFoundError) as error:
+        raise ValueError(
+            f"The saved policy in {folder} is damaged or not whole ({type(error).__name__}: "
+            f"{error}). Save or fetch it again."
+        ) from error
+
+
+def _read(folder: Path, trust_remote_code: bool) -> Trained:
     description = json.loads((folder / DESCRIPTION).read_text())
     if description.get("schema") != _SCHEMA:
         raise ValueError(
@@ -112,10 +132,11 @@ def read_folder(folder: Path, trust_remote_code: bool) -> Trained:
     base = dict(description["base"])
     mark = base.pop("fingerprint")
     state = dict(load_file(folder / _WEIGHTS))
+    own = _own_adapters(description["conditioner"], description["rewards"])
     for name in adapters:
         tensors = load_file(folder / name / "adapter_model.safetensors")
         layers = dict.fromkeys(key.removeprefix(PEFT_PREFIX).rsplit(".lora_")[0] for key in tensors)
-        keys = _adapter_keys(name, layers, description["rewards"])
+        keys = _adapter_keys(name, layers, own)
         state |= {keys[stored]: value for stored, value in tensors.items()}
     places = {name: str(folder / name) for name in adapters}
     settings = {field: description[field] for field in _FIELDS}
@@ -135,9 +156,16 @@ def _prepare(folder: Path) -> None:
         return
     if not (folder / DESCRIPTION).is_file():
         raise ValueError(f"{folder} is not empty and holds no saved policy; give another folder.")
-    for name in json.loads((folder / DESCRIPTION).read_text())["adapters"]:
+    with _naming(folder):
+        old: list[str] = json.loads((folder / DESCRIPTION).read_text())["adapters"]
+    for name in old:
         check_reward_name(name)
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _own_adapters(conditioner: Mapping[str, Any], rewards: Sequence[str]) -> Sequence[str]:
+    """The rewards that have an adapter; a LoRA inside another conditioner has only the shared."""
+    return [] if isinstance(conditioner["init_args"].get("rest"), Mapping) else rewards
 
 
 def _adapter_keys(name: str, layers: Iterable[str], rewards: Sequence[str]) -> dict[str, str]:

@@ -80,10 +80,11 @@ class SteerablePolicy:
 
         Raises:
             FileNotFoundError: the policy or its base is nowhere.
-            ValueError: the base is another one than in training, or the files do not fit it.
+            ValueError: the base is another one than in training, the files do not fit it, or there
+                is no such device.
         """
         trained = _read(path, revision, trust_remote_code).on_base(base)
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        place = _checked_device(device)
         policy = trained.build().to(place)
         return cls(policy, replace(trained, state={}), engine)  # the policy has it now
 
@@ -103,6 +104,7 @@ class SteerablePolicy:
         lora = lora_of(self.policy.conditioner)
         adapters = [] if lora is None else list(lora.adapters())
         card = model_card(self.trained, adapters, __version__, place)
+        (folder / PICTURE).unlink(missing_ok=True)  # of another policy that was saved here
         if self.trained.front is None or not _draw(self.trained.front, folder / PICTURE):
             card = card.replace(f"![Front]({PICTURE})\n\n", "")
         (folder / "README.md").write_text(card)
@@ -161,7 +163,8 @@ class SteerablePolicy:
                 [0, 1], or their numbers do not fit.
         """
         each = [weights] * rows if isinstance(weights, Mapping) else list(weights)
-        alphas = [*alpha] if isinstance(alpha, Sequence) else [alpha] * rows
+        several = isinstance(alpha, Sequence) and not isinstance(alpha, str)
+        alphas: list[Any] = [*alpha] if several else [alpha] * rows  # type: ignore[misc]
         for what, given in (("weights", each), ("alpha", alphas)):
             if len(given) != rows:
                 raise ValueError(f"{what} has {len(given)} entries for {rows} prompts.")
@@ -213,7 +216,13 @@ class SteerablePolicy:
 
         Returns:
             P * n responses, those of a prompt side by side; the texts are its ``completions``.
+
+        Raises:
+            ValueError: a preference that is none, no prompt, ``n`` below 1, or settings of sampling
+                that are none.
         """
+        if n < 1:
+            raise ValueError(f"n, the responses per prompt, must be at least 1; got {n}.")
         batch = self.batch(prompts, self.preference(weights, alpha, len(_checked(prompts))))
         sampling = Sampling(
             self.trained.max_new_tokens if max_new_tokens is None else max_new_tokens,
@@ -248,6 +257,14 @@ class SteerablePolicy:
         """Log-probabilities of the responses under the reference, shape (B, T)."""
         with self.policy.reference():
             return self.policy.logprobs(rollout)
+
+
+def _checked_device(device: str | torch.device | None) -> torch.device:
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=place).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"There is no device '{place}' here: {str(error)[:200]}") from error
 
 
 def _read(path: str | Path, revision: str | None, trust_remote_code: bool) -> Trained:

@@ -31,19 +31,34 @@ def streaming(engine: Engine, policy: Policy, on_text: OnText | None) -> Iterato
     ids: dict[int, list[int]] = defaultdict(list)
     said: dict[int, str] = defaultdict(str)
 
+    def tell(row: int, *, all_of_it: bool) -> None:
+        text = str(policy.tokenizer.decode(ids[row], skip_special_tokens=True))
+        if not all_of_it:
+            text = _settled(text)
+        if text.startswith(said[row]) and (grown := text[len(said[row]) :]):
+            said[row] = text
+            on_text(row, grown)
+
     def hear(rows: Tensor, tokens: Tensor) -> None:
         for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
             ids[row].append(token)
-            text = str(policy.tokenizer.decode(ids[row], skip_special_tokens=True))
-            # Half a character is not told, nor what the tokenizer may still take back.
-            if text.endswith("\ufffd") or not text.startswith(said[row]):
-                continue
-            if grown := text[len(said[row]) :]:
-                said[row] = text
-                on_text(row, grown)
+            tell(row, all_of_it=False)
 
     engine.on_tokens = hear
     try:
         yield
+        for row in ids:
+            tell(row, all_of_it=True)
     finally:
         engine.on_tokens = None
+
+
+def _settled(text: str) -> str:
+    """``text`` without what more tokens may still change.
+
+    That is half a character, and the last space with up to two characters behind it: some
+    tokenizers take the space out of " ." and of " n't".
+    """
+    text = text.rstrip("\ufffd")
+    space = text.find(" ", max(len(text) - 3, 0))
+    return text if space < 0 else text[:space]

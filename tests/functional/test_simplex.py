@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from clp_lightning.functional import check_alpha, check_weights, sample_weights, simplex_grid
+from clp_lightning.functional import (
+    check_alpha,
+    check_weights,
+    parse_weights,
+    sample_weights,
+    simplex_grid,
+    write_weights,
+)
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])
@@ -94,6 +101,16 @@ def test_check_weights_orders_by_name_and_forgives_rounding() -> None:
 def test_check_weights_names_what_is_wrong(weights: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_weights(weights, ["a", "b"])
+
+
+@pytest.mark.parametrize("digits", [2, 4])
+@pytest.mark.parametrize("shares", [[1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [2, 1], [5, 0, 1], [1]])
+def test_written_weights_are_weights_again(shares: list[int], digits: int) -> None:
+    weights = {f"r{i}": share / sum(shares) for i, share in enumerate(shares)}
+    again = parse_weights(write_weights(weights, digits))
+    check_weights(again, list(weights))
+    for name, weight in weights.items():
+        assert abs(again[name] - weight) <= len(shares) * 0.5 * 10**-digits
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan, "0.1", True])

@@ -26,7 +26,7 @@ from clp_lightning import (
 from clp_lightning.conditioning import Conditioner
 from tests.helpers import NAMES
 from tests.runs import kind, make_data, make_module, make_trainer, short
-from tests.steerables import WEIGHTS, make_steerable
+from tests.steerables import WEIGHTS, make_steerable, named_steerable
 
 PROMPTS = ["tea", "a long walk", "fog?"]
 CONDITIONERS: dict[str, Callable[[], Conditioner]] = {
@@ -141,7 +141,7 @@ def test_adapters_that_training_started_from_are_not_needed_again(
 def test_odd_names_of_adapters(
     names: list[str], tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    steerable = _named(names, tiny_folder())
+    steerable = named_steerable(names, tiny_folder())
     steerable.save_pretrained(tmp_path / "policy")
     loaded = SteerablePolicy.from_pretrained(tmp_path / "policy")
     weights = dict(zip(names, [0.7, 0.3], strict=True))
@@ -153,18 +153,6 @@ def test_odd_names_of_adapters(
         peft = PeftModel.from_pretrained(plain, tmp_path / "policy" / name).merge_and_unload()
         moved = [not torch.equal(p, q) for p, q in zip(peft.parameters(), before, strict=True)]
         assert any(moved)
-
-
-def _named(names: list[str], base: Path) -> SteerablePolicy:
-    from clp_lightning import Policy
-
-    made = make_steerable(base)
-    policy = Policy(str(base), LoRA(rank=2, shared_rank=2))
-    policy.build(names)
-    for parameter in policy.trained_parameters().values():
-        torch.nn.init.normal_(parameter, std=0.1)
-    made.trained.rewards, made.policy = names, policy
-    return made
 
 
 @pytest.mark.parametrize(
@@ -184,10 +172,10 @@ def test_names_that_are_no_folder_are_refused_before_training(
 
 def test_names_that_would_share_a_folder(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="would share a folder"):
-        _named(["a", "A"], tiny_folder()).save_pretrained(tmp_path / "policy")
+        named_steerable(["a", "A"], tiny_folder()).save_pretrained(tmp_path / "policy")
     assert not (tmp_path / "policy").exists()
     with pytest.raises(ValueError, match="cannot be called 'shared'"):
-        _named(["a", "shared"], tiny_folder())
+        named_steerable(["a", "shared"], tiny_folder())
 
 
 @pytest.mark.parametrize("field", ["rewards", "adapters"])
@@ -218,13 +206,78 @@ def test_a_folder_runs_no_other_code(
         SteerablePolicy.from_pretrained(tmp_path / "policy")
 
 
+@pytest.mark.parametrize(
+    "conditioner",
+    [SoftPrompt(LoRA(shared_rank=2)), LoRA(rank=2, shared_rank=0), Mixture("attention")],
+    ids=["soft-lora", "lora", "attention"],
+)
+def test_a_reward_may_be_called_shared(
+    conditioner: Conditioner, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    saved = named_steerable(["a", "shared"], tiny_folder(), conditioner)
+    saved.save_pretrained(tmp_path)
+    loaded = SteerablePolicy.from_pretrained(tmp_path)
+    for name, parameter in build_items(saved).items():
+        assert torch.equal(build_items(loaded)[name], parameter)
+
+
+def test_a_policy_is_saved_loaded_and_saved_again(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first" / "policy", tmp_path / "second" / "policy"
+    conditioner = LoRA(rank=2, shared_rank=2, coefficients=Gate(hidden=3))
+    make_steerable(tiny_folder(), conditioner, front=FRONT).save_pretrained(first)
+    SteerablePolicy.from_pretrained(first).save_pretrained(first)  # into its own folder
+    SteerablePolicy.from_pretrained(first).save_pretrained(second)
+    files = {path.relative_to(first) for path in first.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(second) for path in second.rglob("*") if path.is_file()}
+    for file in files:
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: _cut(folder / "clp.json"),
+        lambda folder: _cut(folder / "kind" / "adapter_model.safetensors"),
+        lambda folder: (folder / "weights.safetensors").unlink(),
+        lambda folder: shutil.rmtree(folder / "short"),
+        lambda folder: (folder / "clp.json").write_text('{"schema": 1}'),
+    ],
+    ids=["description", "adapter", "weights", "folder", "fields"],
+)
+def test_a_damaged_folder_is_named(
+    damage: Callable[[Path], Any], tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    make_steerable(tiny_folder()).save_pretrained(tmp_path / "policy")
+    damage(tmp_path / "policy")
+    with pytest.raises(ValueError, match=f"saved policy in {tmp_path / 'policy'} is damaged"):
+        SteerablePolicy.from_pretrained(tmp_path / "policy")
+
+
+def test_checkpoints_of_others_are_refused(tmp_path: Path) -> None:
+    contents: dict[str, tuple[Any, str]] = {
+        "code.ckpt": ({"model": Path("x")}, "holds more than tensors and plain values"),
+        "tensor.ckpt": (torch.zeros(2), "holds a Tensor, not a run's checkpoint"),
+        "plain.ckpt": ({"state_dict": {}}, "was not written by clp_lightning"),
+    }
+    for name, (content, message) in contents.items():
+        torch.save(content, tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} {message}"):
+            SteerablePolicy.from_pretrained(tmp_path / name)
+
+
 def test_saving_again_leaves_nothing_of_the_old(
     tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    make_steerable(tiny_folder()).save_pretrained(tmp_path)
-    assert (tmp_path / "kind").is_dir()
+    make_steerable(tiny_folder(), front=FRONT).save_pretrained(tmp_path)
+    assert (tmp_path / "kind").is_dir() and (tmp_path / "front.png").is_file()
     make_steerable(tiny_folder(), Mixture("attention")).save_pretrained(tmp_path)
-    assert not (tmp_path / "kind").exists()
+    assert not (tmp_path / "kind").exists() and not (tmp_path / "front.png").exists()
     SteerablePolicy.from_pretrained(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years")

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,6 +154,32 @@ def test_text_is_told_as_it_comes(
     assert steerable.engine.on_tokens is None  # type: ignore[attr-defined]
 
 
+def test_text_that_a_tokenizer_takes_back_is_told_late(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder(), base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["clean_up_tokenization_spaces"] = True  # " ." is then decoded as "."
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    steerable = make_steerable(base)
+    heard: dict[int, list[str]] = defaultdict(list)
+    rollout = steerable.generate(
+        PROMPTS,
+        WEIGHTS,
+        0.5,
+        n=64,
+        max_new_tokens=40,
+        temperature=2.0,
+        on_text=lambda row, text: heard[row].append(text),
+    )
+    assert ["".join(heard[row]) for row in range(len(rollout))] == rollout.completions
+    plain = steerable.policy.tokenizer.decode(
+        rollout.response_ids.flatten(), clean_up_tokenization_spaces=False
+    )
+    assert any(taken in plain for taken in (" .", " ,", " ?", " !", " 's", " ' "))
+
+
 def test_another_engine_answers_for_the_same_dial(tiny_folder: Callable[..., Path]) -> None:
     steerable = make_steerable(tiny_folder())
     corner = steerable.generate(PROMPTS, GRID[-1], 0.1, temperature=0)
@@ -181,10 +210,13 @@ def test_preferences_are_given_by_name(tiny_folder: Callable[..., Path]) -> None
         (WEIGHTS, 1.5, "alpha, the KL strength"),
         ([WEIGHTS] * 3, 0.1, "weights has 3 entries for 2 prompts"),
         (WEIGHTS, [0.1], "alpha has 1 entries for 2 prompts"),
+        (WEIGHTS, "0.1", r"must be a number in \[0, 1\], got '0.1'"),
     ]
     for weights, alpha, message in wrong:
         with pytest.raises(ValueError, match=message):
             steerable.generate(["a", "b"], weights, alpha)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="n, the responses per prompt, must be at least 1"):
+        steerable.generate(["a"], WEIGHTS, 0.1, n=0)
 
 
 @pytest.mark.parametrize("prompts", ["tea", [], [{"role": "user", "content": "tea"}]])
