@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatch
@@ -20,15 +21,20 @@ from .conditioning.adapter import save_adapter
 from .functional import parse_weights
 from .policy import Policy
 from .pretrained import locate
-from .rewards.bank import check_reward_name
 from .sources import find_model, gguf_file
-from .steerable import SteerablePolicy, base_licence
+from .steerable import SteerablePolicy, base_licence, hub_name
 from .types import Preference
 
 __all__ = ["export", "export_adapter", "export_model"]
 
 _KEPT = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*"]
 _NOT_KEPT = ["config.json", "*.index.json", "adapter*.json", "clp.json"]
+
+_DO_NOT_MERGE = (
+    "The adapter is on the output layer, which in this base is the embedding table too. Load it "
+    "beside the base, and do not merge it: PEFT's merge would move the embeddings with it. For "
+    "plain weights export with --format hf."
+)
 
 # What `PromptText.rewrite` does, as Jinja: the text goes in front of the last user message.
 _TEMPLATE = """\
@@ -79,6 +85,8 @@ def export(
     for folder, preference in zip(places, preferences, strict=True):
         write(steerable, preference, folder)
         print(f"exported: {folder}")
+    if format == "peft" and _on_tied_output(steerable.policy):
+        print(_DO_NOT_MERGE)
     spec = steerable.policy.pretrained
     if format == "hf" and gguf_file(find_model(spec.name, spec.revision, weights=False)):
         print("The base came as GGUF; the exported weights are its dequantised ones, changed.")
@@ -123,7 +131,7 @@ def export_model(steerable: SteerablePolicy, preference: Preference, folder: Pat
             shutil.copy(file, folder / file.name)
     if text is not None:
         _write_into_template(folder, text)
-    _write_card(steerable, preference, folder, "transformers")
+    _write_card(steerable, preference, folder, "transformers", _how_to_ask(steerable, text))
 
 
 def export_adapter(steerable: SteerablePolicy, preference: Preference, folder: Path) -> None:
@@ -152,7 +160,10 @@ def export_adapter(steerable: SteerablePolicy, preference: Preference, folder: P
         revision=policy.pretrained.revision,
         is_encoder_decoder=policy.model.config.is_encoder_decoder,
     )
-    _write_card(steerable, preference, folder, "peft")
+    notes = _how_to_ask(steerable, None)
+    if _on_tied_output(policy):
+        notes.append(_DO_NOT_MERGE)
+    _write_card(steerable, preference, folder, "peft", notes)
 
 
 def _asked(
@@ -165,14 +176,27 @@ def _asked(
         return {"": (parse_weights(weights), alpha)}
     if weights is not None or alpha is not None:
         raise ValueError("Give --presets, or --weights and --alpha, not both.")
-    content: Any = yaml.safe_load(Path(presets).read_text())
     example = "short: {weights: {support: 0.2, brevity: 0.8}, alpha: 0.05}"
+    try:
+        content: Any = yaml.safe_load(Path(presets).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{presets} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{presets} holds no presets; write lines such as {example}")
     for name, preset in content.items():
-        check_reward_name(name)  # it becomes a folder
-        if not isinstance(preset, dict) or preset.keys() != {"weights", "alpha"}:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(
+                f"{name!r} cannot be the name of a preset, which becomes a folder: use letters, "
+                "digits, _ and -, in quotes where YAML reads something else."
+            )
+        fits = isinstance(preset, dict) and preset.keys() == {"weights", "alpha"}
+        if not fits or not isinstance(preset["weights"], dict):
             raise ValueError(f"Preset '{name}' of {presets} must be written like {example}")
+    if len({name.casefold() for name in content}) < len(content):
+        raise ValueError(
+            f"{[*content]} would share a folder where upper and lower case are the same; rename "
+            "one."
+        )
     return {name: (preset["weights"], preset["alpha"]) for name, preset in content.items()}
 
 
@@ -228,6 +252,13 @@ def _prompt_text(policy: Policy, preference: Preference) -> str | None:
     return text
 
 
+def _on_tied_output(policy: Policy) -> bool:
+    """Whether a LoRA is on an output layer that is the embedding table."""
+    output = policy.model.get_output_embeddings()
+    base = getattr(output, "base_layer", None)
+    return base is not None and base.weight is policy.model.get_input_embeddings().weight
+
+
 def _write_into_template(folder: Path, text: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = _TEMPLATE.replace("__TEXT__", json.dumps(text)) + str(
@@ -236,19 +267,40 @@ def _write_into_template(folder: Path, text: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _how_to_ask(steerable: SteerablePolicy, text: str | None) -> list[str]:
+    """What the files cannot say: how the policy was asked in training."""
+    policy, notes = steerable.policy, []
+    if text is not None:
+        notes.append(
+            "The preference is text that the chat template writes; a prompt that is not a "
+            f"conversation needs it in front: {json.dumps(text)}."
+        )
+    if policy.encoding.chat_template_kwargs:
+        given = json.dumps(policy.encoding.chat_template_kwargs)
+        notes.append(f"Its chat template was given {given}.")
+    if policy.temperature != 1:
+        notes.append(f"It was trained at temperature {policy.temperature:g}.")
+    return notes
+
+
 def _write_card(
-    steerable: SteerablePolicy, preference: Preference, folder: Path, library: str
+    steerable: SteerablePolicy,
+    preference: Preference,
+    folder: Path,
+    library: str,
+    notes: list[str],
 ) -> None:
     base = steerable.policy.pretrained.name
     weights = dict(zip(steerable.names, preference.weights[0].tolist(), strict=True))
     shown = ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
     data = ModelCardData(
         library_name=library,
-        base_model=None if Path(base).expanduser().is_dir() else base,
+        base_model=hub_name(steerable.policy.pretrained),
         license=base_licence(steerable.policy.pretrained),
         tags=["clp_lightning"],
     )
     (folder / "README.md").write_text(
         f"---\n{data.to_yaml()}\n---\n\nOne preference of a steerable policy on `{base}`, exported "
         f"with clp_lightning: {shown}; alpha {float(preference.alpha[0]):.3g}.\n"
+        + "".join(f"\n{note}\n" for note in notes)
     )

@@ -14,7 +14,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from clp_lightning import LoRA, Mixture, Preference, PromptText, SoftPrompt, SteerablePolicy
+from clp_lightning import (
+    Gate,
+    LoRA,
+    Mixture,
+    Preference,
+    PromptText,
+    SoftPrompt,
+    SteerablePolicy,
+)
 from clp_lightning.__main__ import run
 from clp_lightning.conditioning import Conditioner
 from clp_lightning.export import export_adapter, export_model
@@ -33,13 +41,17 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CONDITIONERS: dict[str, Callable[[], Conditioner]] = {
     "lora": lambda: LoRA(rank=2, shared_rank=3),
+    "lora-gate": lambda: LoRA(rank=2, shared_rank=0, coefficients=Gate(hidden=3)),
     "full": lambda: Mixture("full"),
     "full-split": lambda: Mixture("full", tied="split"),
     "attention": lambda: Mixture("attention"),
     "logits": lambda: Mixture("logits"),
     "logits-keep": lambda: Mixture("logits", tied="keep"),
+    "attention-gate": lambda: Mixture("attention", rest="freeze", coefficients=Gate(hidden=3)),
     "soft": lambda: SoftPrompt(),
     "soft-lora": lambda: SoftPrompt(LoRA(shared_rank=2)),
+    "soft-gate": lambda: SoftPrompt(coefficients=Gate(hidden=3)),
+    "text": lambda: PromptText(),
 }
 CASES = [f"{base}/{name}" for base in ("llama", "gpt2", "t5") for name in CONDITIONERS]
 CASES += [
@@ -47,7 +59,7 @@ CASES += [
     for base in ("llama-tied", "gemma3", "t5_v1_1")
     for name in ("lora", "full", "logits", "soft")
 ]
-PEFT = [f"{base}/peft" for base in BASES]
+PEFT = [f"{base}/{name}" for base in BASES for name in ("peft", "peft-gate")]
 
 # Loads every folder by plain Transformers or PEFT where this library cannot be imported.
 READER = """
@@ -131,8 +143,9 @@ def read(
     for case in [*CASES, *PEFT]:
         base, name = case.split("/")
         kind, options = BASES[base]
+        options |= {"chat": True} if name == "text" else {}
         folder = tiny_folder(kind, **options)
-        steerable = make_steerable(folder, CONDITIONERS["lora" if name == "peft" else name]())
+        steerable = make_steerable(folder, CONDITIONERS[name.replace("peft", "lora")]())
         inputs = root / f"{base}.safetensors"
         if not inputs.exists():
             save_file(inputs_of(steerable), inputs)
@@ -144,7 +157,7 @@ def read(
             "at 1": steerable.preference(WEIGHTS, 1.0),
         }.items():
             out = root / case / what
-            if name == "peft":
+            if name.startswith("peft"):
                 export_adapter(steerable, preference, out)
                 add(case, what, folder, out, inputs)
             else:
@@ -301,3 +314,64 @@ def test_the_command(tiny_folder: Callable[..., Path], tmp_path: Path, capsys: A
         assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     assert NAMES == ["kind", "short"]
+
+
+def test_presets_that_cannot_be_written_are_told_before_anything_is(
+    tiny_folder: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    make_steerable(tiny_folder()).save_pretrained(tmp_path / "policy")
+    asked = ["export", "--ckpt", str(tmp_path / "policy"), "--out", str(tmp_path / "out")]
+    good = "{weights: {kind: 1, short: 0}, alpha: 0.1}"
+    wrong = {
+        f"v1.5: {good}": "'v1.5' cannot be the name of a preset",
+        f"1: {good}": "in quotes where YAML reads something else",
+        f"Short: {good}\nshort: {good}": "would share a folder",
+        "a: {b": "is no YAML",
+        "[a, b]": "holds no presets",
+        "": "holds no presets",
+        f"good: {good}\na: {{weights: 3, alpha: 0.1}}": "Preset 'a'",
+        f"good: {good}\na: {{weights: [1, 0], alpha: 0.1}}": "Preset 'a'",
+        f"good: {good}\na: {{weights: {{kind: 1, short: 0}}, alpha: x}}": "got 'x'",
+        f"good: {good}\na: {{weights: {{kind: 1, short: 1}}, alpha: 0}}": "must sum to 1",
+    }
+    for text, message in wrong.items():
+        (tmp_path / "presets.yaml").write_text(text)
+        with pytest.raises(SystemExit):
+            run([*asked, "--presets", str(tmp_path / "presets.yaml")])
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_on_a_tied_table_must_not_be_merged(
+    tiny_folder: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    asked = ["--weights", "kind=.7,short=.3", "--alpha", ".1", "--format", "peft"]
+    cases = {
+        "gpt2": (LoRA(rank=2, shared_rank=2), True),
+        "llama": (LoRA(rank=2, shared_rank=2), False),
+        "t5": (LoRA(rank=2, shared_rank=0), False),  # tied, but nothing is on the output layer
+    }
+    for kind, (conditioner, expected) in cases.items():
+        make_steerable(tiny_folder(kind), conditioner).save_pretrained(tmp_path / kind)
+        capsys.readouterr()
+        out = tmp_path / f"{kind}-out"
+        run(["export", "--ckpt", str(tmp_path / kind), "--out", str(out), *asked])
+        for text in (capsys.readouterr().out, (out / "README.md").read_text()):
+            assert ("do not merge it" in text) is expected
+
+
+def test_the_card_says_how_the_policy_was_asked(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    steerable = make_steerable(tiny_folder(chat=True), PromptText())
+    steerable.policy.temperature = 0.7
+    steerable.policy.encoding.chat_template_kwargs = {"enable_thinking": False}
+    export_model(steerable, steerable.preference(WEIGHTS, ALPHA), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    for part in (
+        r'"[kind: 0.70, short: 0.30; stay close: 0.10]\n"',
+        'was given {"enable_thinking": false}',
+        "trained at temperature 0.7",
+    ):
+        assert part in card
+    assert "base_model" not in card  # it is a folder
