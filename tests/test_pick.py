@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 from clp_lightning import Preference, RewardBank
 from clp_lightning.__main__ import run
 from clp_lightning.cli import main
+from clp_lightning.functional import check_weights, parse_weights
+from clp_lightning.metrics import Estimate
 from clp_lightning.pick import Measured, Meter, Wish, find_preference
-from clp_lightning.pick.search import parse_wishes
+from clp_lightning.pick.command import _options, _reaches
+from clp_lightning.pick.search import _Scale, parse_wishes
 from tests.helpers import NAMES, prompt_batch
 from tests.runs import Counted, kind, run_config, write_config, write_rows
-from tests.steerables import make_steerable
+from tests.steerables import make_steerable, named_steerable
 
 PROMPTS = ["tea", "a long walk", "fog?", "ink and owls", "x", "jam"]
 
@@ -92,6 +96,39 @@ def test_a_preference_is_asked_once() -> None:
     assert 1 <= other.asked <= 3
 
 
+def test_what_was_never_scored_meets_nothing() -> None:
+    class Silent(Paper):
+        """``a`` is not scored below w1 = 0.4, where ``b`` is largest."""
+
+        def measure(self, preferences: Preference) -> list[Measured]:
+            found = super().measure(preferences)
+            for m in found:
+                if m.preference.weights[0, 0] < 0.4:
+                    m.cells = m.cells.clone()
+                    m.cells[:, 0] = torch.nan
+            return found
+
+    meter: Any = Silent()
+    corners = CORNERS[torch.tensor([1, 0])]
+    for wishes, target in (([Wish("a", True, 0.1)], "b"), ([], "a")):
+        best = find_preference(meter, meter, target, wishes, corners, (0.1, 0.1))[0]
+        assert float(best.preference.weights[0, 0]) >= 0.4
+        assert not best.means[0].isnan()
+
+
+def test_meeting_all_wishes_narrowly_comes_before_meeting_one_well() -> None:
+    def measured(w: float, a: float, b: float) -> Measured:
+        noise = torch.tensor([-0.1, 0.1]).double()[:, None]
+        cells = torch.tensor([a, b]).double() + noise
+        return Measured(Preference.single([w, 1 - w], 0.1), cells)
+
+    # A standard error is 0.1: no choice has a margin of 1.64 for both.
+    narrow, lopsided = measured(0.5, 0.51, 0.51), measured(0.9, 0.9, 0.49)
+    scale = _Scale(["a", "b"], "a", [Wish("a", True, 0.5), Wish("b", True, 0.5)], 1.64)
+    assert min([lopsided, narrow], key=scale.key) is narrow
+    assert any(m is narrow for m in scale.finalists([lopsided, narrow]))
+
+
 def test_a_floor_is_met_with_a_margin() -> None:
     class Noisy(Paper):
         def measure(self, preferences: Preference) -> list[Measured]:
@@ -148,11 +185,35 @@ def test_measured_numbers_are_means_over_the_responses_of_a_prompt(meter: Meter)
     assert float(measured.errors[0]) == pytest.approx(float(scores.std() / math.sqrt(6)), rel=1e-5)
 
 
+def test_a_reward_may_be_called_length(tiny_folder: Callable[..., Path]) -> None:
+    names = ["length", "kl"]
+    bank = RewardBank({"length": Counted(), "kl": kind})
+    steerable = named_steerable(names, tiny_folder())
+    meter = Meter(steerable, bank, prompt_batch(PROMPTS))
+    assert meter.quantities == names
+    (measured,) = meter.measure(steerable.preference({"length": 1, "kl": 0}, 0.1))
+    each = measured.preference[torch.zeros(6, dtype=torch.long)]
+    batch = replace(meter.batch, preference=each)
+    rollout = steerable.engine.generate(steerable.policy, batch, 1, meter.sampling)
+    assert measured.cells[:, 1].tolist() == pytest.approx(kind(rollout.completions))
+
+
+def test_a_result_is_written_as_other_commands_read_it() -> None:
+    names = ["a", "b", "c"]
+    for row in ([1 / 3] * 3, [0.33335, 0.33335, 0.3333], [0.0, 1 / 7, 6 / 7]):
+        line = _options(names, Preference.single(row, 1 / 3))
+        _, weights, _, alpha = line.split()
+        check_weights(parse_weights(weights), names)
+        assert alpha == "0.3333"
+
+
 @pytest.mark.parametrize(
     ("where", "message"),
     [
         ("kind>0.5", "is no wish"),
         ("kind>=", "is no wish"),
+        ("kind>=1.2.3", "is no wish"),
+        ("kind>=.", "is no wish"),
         ("kid>=0.5", "'kid' is not measured; there are: kind, short, kl, length"),
     ],
 )
@@ -185,6 +246,12 @@ def test_the_command(tiny_folder: Callable[..., Path], tmp_path: Path, capsys: A
     run([*asked, "--prompts", str(rows)])
     assert "On 4 held-out prompts" in capsys.readouterr().out
     wrong = {
+        "search_prompts must be at least 1; got 0": [*asked, "--search_prompts", "0"],
+        "check_prompts must be at least 2; got 1": [*asked, "--check_prompts", "1"],
+        "samples must be at least 1; got 0": [*asked, "--samples", "0"],
+        "evaluations must be at least 0; got -1": [*asked, "--evaluations", "-1"],
+        "rows must be at least 1; got 0": [*asked, "--rows", "0"],
+        "seed must be at least 0; got -1": [*asked, "--seed", "-1"],
         "'tall' is not measured": [*asked[:3], "--maximize", "tall"],
         "There is no checkpoint": ["pick", "--ckpt", str(tmp_path), "--maximize", "kind"],
     }
@@ -192,3 +259,71 @@ def test_the_command(tiny_folder: Callable[..., Path], tmp_path: Path, capsys: A
         with pytest.raises(SystemExit):
             run(args)
         assert message in capsys.readouterr().err
+
+
+def test_a_wish_is_held_where_the_interval_reaches_it() -> None:
+    floor, ceiling = Wish("a", True, 0.5), Wish("a", False, 0.5)
+    cases = [
+        (floor, Estimate(0.6, 0.55, 0.65), True),
+        (floor, Estimate(0.45, 0.4, 0.5), True),
+        (floor, Estimate(0.4, 0.3, 0.49), False),
+        (ceiling, Estimate(0.6, 0.5, 0.7), True),
+        (ceiling, Estimate(0.6, 0.51, 0.7), False),
+        (floor, Estimate(), False),
+    ]
+    for wish, estimate, expected in cases:
+        assert _reaches(wish, estimate) is expected
+
+
+def test_a_wish_that_held_out_prompts_miss_is_told(
+    tiny_folder: Callable[..., Path], tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """A reward that is 1 on the prompts of the search and 0 on the others."""
+    config = run_config(tmp_path, tiny_folder())
+    main(["fit", "--config", write_config(tmp_path / "c.yaml", config)])
+    measure = Meter.measure
+    sizes: list[int] = []
+
+    def measured(self: Meter, preferences: Preference) -> list[Measured]:
+        found = measure(self, preferences)
+        sizes.append(len(self.batch))
+        for m in found:
+            m.cells[:, 0] = 1.0 if len(self.batch) == 3 else 0.0
+        return found
+
+    monkeypatch.setattr(Meter, "measure", measured)
+    asked = ["pick", "--ckpt", str(tmp_path / "run"), "--maximize", "short", "--evaluations", "2"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run([*asked, "--search_prompts", "3", "--check_prompts", "4", "--where", "kind>=0.5"])
+    assert stopped.value.code == 1
+    assert set(sizes) == {3, 4}
+    shown = capsys.readouterr().out
+    assert "not confirmed: kind>=0.5" in shown and "infeasible" not in shown
+
+
+def test_rewards_that_score_nothing_are_named(
+    tiny_folder: Callable[..., Path], tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    config = run_config(tmp_path, tiny_folder())
+    main(["fit", "--config", write_config(tmp_path / "c.yaml", config)])
+    measure = Meter.measure
+
+    def measured(self: Meter, preferences: Preference) -> list[Measured]:
+        found = measure(self, preferences)
+        for m in found:
+            m.cells[:, 0] = torch.nan
+        return found
+
+    monkeypatch.setattr(Meter, "measure", measured)
+    asked = ["pick", "--ckpt", str(tmp_path / "run"), "--evaluations", "2"]
+    asked += ["--search_prompts", "3", "--check_prompts", "4"]
+    for args, where, code, message in (
+        (["--maximize", "kind"], "err", 2, "Reward 'kind' scored none of the responses"),
+        (["--maximize", "short", "--where", "kind>=0"], "out", 1, "kind>=0: never scored"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run([*asked, *args])
+        assert stopped.value.code == code
+        assert message in getattr(capsys.readouterr(), where)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from lightning.pytorch import LightningDataModule
 from rich.table import Table
 
 from ..described import rebuild
-from ..functional import check_alpha
+from ..functional import check_alpha, write_weights
 from ..metrics import Estimate, Grid
 from ..rewards import Reward, RewardBank
 from ..steerable import SteerablePolicy
 from ..steerable.checkpoint import read_rewards, run_folder
 from ..tables import print_table
 from ..types import Preference, PromptBatch
-from .measure import FURTHER, Measured, Meter, first_prompts
+from .measure import Measured, Meter, first_prompts, quantities_of
 from .search import Wish, check_quantity, find_preference, parse_wishes
 
 __all__ = ["pick"]
@@ -47,7 +48,8 @@ def pick(
     """Finds the preference that gives the most of one reward under floors and ceilings on others.
 
     It asks the policy itself: on training prompts while it searches, and on held-out ones to say
-    what came of it. Ends with status 1 where the wishes cannot all be met.
+    what came of it. Ends with status 1 where the wishes cannot all be met, or are missed on the
+    held-out prompts by more than the interval.
 
     Args:
         ckpt: A run's folder or a .ckpt file, which knows its rewards.
@@ -66,13 +68,23 @@ def pick(
         base: Where the base lies, if not where the run says.
         device: Where to compute; the first GPU if there is one, else the CPU.
     """
+    for name, number, least in (
+        ("search_prompts", search_prompts, 1),
+        ("check_prompts", check_prompts, 2),
+        ("samples", samples, 1),
+        ("evaluations", evaluations, 0),
+        ("rows", rows, 1),
+        ("seed", seed, 0),
+    ):
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}; got {number}.")
     rewards = RewardBank(
         {
             name: reward if isinstance(reward, str) else rebuild(reward, Reward)
             for name, reward in read_rewards(ckpt).items()
         }
     )
-    quantities = [*rewards.names, *FURTHER]
+    quantities = quantities_of(rewards.names)
     check_quantity(maximize, quantities)
     wishes = parse_wishes(where, quantities)
     data = _data(run_folder(ckpt) / "config.yaml", prompts)
@@ -92,12 +104,25 @@ def pick(
         meter, confirm, maximize, wishes, starts, low_high, evaluations=evaluations, margin=margin
     )
     best = found[0]
+    if isnan(_mean(best, quantities, maximize)):
+        raise ValueError(
+            f"Reward '{maximize}' scored none of the responses; look at the columns that it reads."
+        )
     print(f"checking on {len(check_batch)} held-out prompts", file=sys.stderr)
     (checked,) = Meter(policy, rewards, check_batch, **settings).measure(best.preference)
-    missed = [w for w in wishes if w.shortfall(_mean(best, quantities, w.quantity)) > 0]
-    _report(policy.names, quantities, maximize, wishes, checked)
+    estimates = dict(zip(quantities, checked.estimates(), strict=True))
+    _report(
+        _options(policy.names, checked.preference), maximize, wishes, estimates, len(check_batch)
+    )
+    missed = [w for w in wishes if not w.shortfall(_mean(best, quantities, w.quantity)) <= 0]
     if missed:
         _report_infeasible(quantities, missed, found)
+    elif missed := [w for w in wishes if not _reaches(w, estimates[w.quantity])]:
+        print(
+            f"not confirmed: {', '.join(map(str, missed))}, met in the search, is missed on the "
+            "held-out prompts; a larger --margin or more --search_prompts are safer"
+        )
+    if missed:
         sys.exit(1)
 
 
@@ -178,24 +203,24 @@ def _mean(measured: Measured, quantities: Sequence[str], quantity: str) -> float
 
 
 def _report(
-    names: Sequence[str],
-    quantities: Sequence[str],
+    options: str,
     maximize: str,
     wishes: Sequence[Wish],
-    checked: Measured,
+    estimates: Mapping[str, Estimate],
+    num_prompts: int,
 ) -> None:
     """The preference as options of the other commands, and what it gives on held-out prompts."""
-    table = Table(title=f"On {len(checked.cells)} held-out prompts, 95 % intervals")
+    table = Table(title=f"On {num_prompts} held-out prompts, 95 % intervals")
     for heading in ("", "mean", "interval", "wanted", ""):
         table.add_column(heading, justify="right")
-    for quantity, estimate in zip(quantities, checked.estimates(), strict=True):
+    for quantity, estimate in estimates.items():
         own = [wish for wish in wishes if wish.quantity == quantity]
         wanted = ["maximal"] * (quantity == maximize) + [str(w)[len(quantity) :] for w in own]
         verdicts = [_verdict(wish, estimate) for wish in own]
         mean = "-" if estimate.mean is None else f"{estimate.mean:.3g}"
         interval = "-" if estimate.low is None else f"[{estimate.low:.3g}, {estimate.high:.3g}]"
         table.add_row(quantity, mean, interval, ", ".join(wanted), ", ".join(verdicts))
-    print(f"pick: {_options(names, checked.preference)}")
+    print(f"pick: {options}")
     print_table(table)
 
 
@@ -205,16 +230,20 @@ def _verdict(wish: Wish, estimate: Estimate) -> str:
     missing = float(wish.shortfall(estimate.mean))
     if missing <= 0:
         return "met"
-    better = estimate.high if wish.at_least else estimate.low
-    if better is not None and float(wish.shortfall(better)) <= 0:
+    if _reaches(wish, estimate):
         return f"met within the interval (mean misses by {missing:.3g})"
     return f"missed by {missing:.3g}"
 
 
+def _reaches(wish: Wish, estimate: Estimate) -> bool:
+    """Whether the interval holds a value that meets the wish."""
+    better = estimate.high if wish.at_least else estimate.low
+    return better is not None and float(wish.shortfall(better)) <= 0
+
+
 def _options(names: Sequence[str], preference: Preference) -> str:
-    weights = zip(names, preference.weights[0].tolist(), strict=True)
-    row = ",".join(f"{name}={round(weight, 4):g}" for name, weight in weights)
-    return f"--weights {row} --alpha {round(float(preference.alpha[0]), 4):g}"
+    weights = dict(zip(names, preference.weights[0].tolist(), strict=True))
+    return f"--weights {write_weights(weights, 4)} --alpha {round(float(preference.alpha[0]), 4):g}"
 
 
 def _report_infeasible(
@@ -223,7 +252,11 @@ def _report_infeasible(
     print("infeasible: no preference that was tried meets all wishes on the prompts of the search")
     for wish in missed:
         closest = float(wish.shortfall(_mean(found[0], quantities, wish.quantity)))
-        values = [_mean(m, quantities, wish.quantity) for m in found]
+        means = [_mean(m, quantities, wish.quantity) for m in found]
+        values = [mean for mean in means if not isnan(mean)]
+        if not values:
+            print(f"  {wish}: never scored; look at the columns that it reads")
+            continue
         extreme = max(values) if wish.at_least else min(values)
         word = "highest" if wish.at_least else "lowest"
         print(f"  {wish}: missed by {closest:.3g}; {word} value that was reached: {extreme:.3g}")

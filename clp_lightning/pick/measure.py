@@ -16,10 +16,11 @@ from ..rewards import RewardBank
 from ..steerable import SteerablePolicy
 from ..types import Preference, PromptBatch
 
-__all__ = ["Measured", "Meter"]
+__all__ = ["FURTHER", "Measured", "Meter", "first_prompts", "quantities_of"]
 
 FURTHER = ("kl", "length")
-"""What is measured beside the rewards: nats and tokens per response."""
+"""What is measured beside the rewards: nats and tokens per response. A reward of that name hides
+it."""
 
 
 @dataclass
@@ -28,8 +29,8 @@ class Measured:
 
     Attributes:
         preference: One row.
-        cells: Mean over a prompt's responses, NaN where nothing was scored, shape (P, Q): the raw
-            rewards, then ``FURTHER``.
+        cells: Mean over a prompt's responses, NaN where nothing was scored, shape (P, Q), in the
+            order of ``quantities``.
     """
 
     preference: Preference
@@ -51,6 +52,16 @@ class Measured:
         """Means with their 95 % intervals over prompts, Q of them."""
         resampled = cluster_means(self.cells, resample_counts(len(self.cells)))
         return [Estimate.of(column, len(self.cells)) for column in resampled.unbind(-1)]
+
+
+def quantities_of(rewards: Sequence[str]) -> list[str]:
+    """What is measured: the raw rewards, then ``FURTHER``, each name once.
+
+    Example:
+        >>> quantities_of(["kind", "length"])
+        ['kind', 'length', 'kl']
+    """
+    return [*rewards, *(name for name in FURTHER if name not in rewards)]
 
 
 class Meter:
@@ -88,7 +99,7 @@ class Meter:
     @property
     def quantities(self) -> list[str]:
         """Names of the Q columns."""
-        return [*self.rewards.names, *FURTHER]
+        return quantities_of(self.rewards.names)
 
     def measure(self, preferences: Preference) -> list[Measured]:
         """Every prompt under every row of ``preferences``."""
@@ -115,9 +126,9 @@ class Meter:
             logp = policy.logprobs(rollout) if rollout.logp is None else rollout.logp
             ratio = log_ratio(logp, policy.reference_logprobs(rollout))
             kl = masked_sum(ratio, rollout.response_mask)
-        raw = self.rewards(rollout).raw
-        columns = [*raw.double().unbind(-1), kl.double(), rollout.lengths.double()]
-        numbers = torch.stack([column.cpu() for column in columns], -1)
+        scores = dict(zip(self.rewards.names, self.rewards(rollout).raw.unbind(-1), strict=True))
+        columns = {"kl": kl, "length": rollout.lengths} | scores
+        numbers = torch.stack([columns[name].double().cpu() for name in self.quantities], -1)
         return numbers.view(len(batch), self.samples, -1).nanmean(1)
 
 

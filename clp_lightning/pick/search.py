@@ -17,7 +17,9 @@ from .measure import Measured, Meter
 
 __all__ = ["Wish", "find_preference", "parse_wishes"]
 
-_WISH = re.compile(r"\s*([\w-]+)\s*(>=|<=)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*")
+_WISH = re.compile(r"\s*([\w-]+)\s*(>=|<=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
+_NEVER = 1e6
+"""Units that are missing where nothing was scored: finite, so that the search can compare."""
 
 
 @dataclass
@@ -83,8 +85,9 @@ def check_quantity(name: str, quantities: Sequence[str]) -> None:
 class _Scale:
     """Orders what was measured: first by how much is missing, then by what is maximised.
 
-    A wish counts as met where the mean is better than its bound by ``margin`` standard errors:
-    a mean that only just meets it here would miss it on half of all other prompts.
+    A wish should be met by ``margin`` standard errors: a mean that only just meets it here would
+    miss it on half of all other prompts. Where nothing has that margin, what meets all wishes
+    without it still comes before what meets some of them well.
     """
 
     def __init__(
@@ -97,8 +100,9 @@ class _Scale:
 
     def fit(self, measured: Sequence[Measured]) -> None:
         """Measures every quantity in units of what it varies by."""
-        spread = torch.stack([m.means for m in measured]).std(0, correction=0)
-        noise = torch.stack([m.errors for m in measured]).mean(0)
+        means = torch.stack([m.means for m in measured])
+        spread = (means - means.nanmean(0)).square().nanmean(0).sqrt()
+        noise = torch.stack([m.errors for m in measured]).nanmean(0)
         unit = torch.maximum(spread, noise)
         self.unit = torch.where(unit > 0, unit, 1.0)
 
@@ -108,19 +112,21 @@ class _Scale:
             (wish.shortfall(m.means[i]) + wider * self.margin * m.errors[i]) / self.unit[i]
             for wish, i in zip(self.wishes, self.columns, strict=True)
         ]
-        return torch.stack([torch.as_tensor(x) for x in missing]) if missing else torch.zeros(0)
+        found = [torch.as_tensor(x) for x in missing]
+        return torch.stack(found).nan_to_num(_NEVER) if found else torch.zeros(0)
 
     def gain(self, m: Measured) -> float:
         """What is maximised, in units."""
-        return float(m.means[self.target] / self.unit[self.target])
+        return float((m.means[self.target] / self.unit[self.target]).nan_to_num(-_NEVER))
 
-    def key(self, m: Measured, wider: float = 1.0) -> tuple[float, float]:
+    def key(self, m: Measured, wider: float = 1.0) -> tuple[float, float, float]:
         """Smaller is better; ``wider`` multiplies the margin."""
-        return float(self.shortfalls(m, wider).clamp(min=0).sum()), -self.gain(m)
+        bare, safe = (float(self.shortfalls(m, w).clamp(min=0).sum()) for w in (0.0, wider))
+        return bare, safe, -self.gain(m)
 
     def finalists(self, measured: Sequence[Measured]) -> list[Measured]:
-        """The best for this margin and for wider ones, each once."""
-        best = [min(measured, key=partial(self.key, wider=factor)) for factor in (1, 2, 3)]
+        """The best for this margin, without it and for wider ones, each once."""
+        best = [min(measured, key=partial(self.key, wider=factor)) for factor in (1, 0, 2, 3)]
         return [m for i, m in enumerate(best) if not any(m is other for other in best[:i])]
 
 
