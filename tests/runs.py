@@ -36,6 +36,11 @@ def kind(completions: list[str], **_: Any) -> list[float]:
     return [sum(c.islower() for c in text) / max(len(text), 1) for text in completions]
 
 
+def loud(completions: list[str], **_: Any) -> list[float]:
+    """A reward: the share of capitals."""
+    return [sum(c.isupper() for c in text) / max(len(text), 1) for text in completions]
+
+
 def short(completions: list[str], **_: Any) -> list[float]:
     """A reward: minus the number of characters below 'K'."""
     return [-float(sum(c < "K" for c in text)) for text in completions]

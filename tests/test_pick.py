@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -327,3 +328,43 @@ def test_rewards_that_score_nothing_are_named(
             run([*asked, *args])
         assert stopped.value.code == code
         assert message in getattr(capsys.readouterr(), where)
+
+
+def test_a_trained_dial_meets_a_floor_that_binds_on_held_out_prompts(
+    tiny_folder: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    steps = 60
+    config = run_config(
+        tmp_path,
+        tiny_folder(),
+        max_steps=steps,
+        accumulate_grad_batches=1,
+        val_check_interval=steps,
+    )
+    config["model"]["init_args"] |= {
+        "rewards": {"kind": "tests.runs.kind", "loud": "tests.runs.loud"},  # small and capitals
+        "lr": 2e-2,
+        "samples_per_prompt": 8,
+        "statistics_prompts": 24,
+    }
+    alpha = {"class_path": "FixedAlpha", "init_args": {"alpha": 0.05}}
+    config["trainer"]["callbacks"][0]["init_args"] = {"alpha": alpha}
+    write_rows(tmp_path / "rows.jsonl", 49)
+    config["data"]["init_args"] |= {"holdout": 16, "batch_size": 8}
+    main(["fit", "--config", write_config(tmp_path / "c.yaml", config)])
+    asked = ["pick", "--ckpt", str(tmp_path / "run"), "--maximize", "loud", "--samples", "4"]
+    asked += ["--search_prompts", "16", "--check_prompts", "16"]
+    capsys.readouterr()
+    for floor in (0.3, 0.6):
+        run([*asked, "--where", f"kind>={floor}"])
+        shown = capsys.readouterr().out
+        assert f">={floor} │ met" in shown
+        kind_mean, loud_mean = (
+            float(re.findall(rf"{name} │ +([\d.]+) │", shown)[0]) for name in ("kind", "loud")
+        )
+        # A letter cannot be both, so the floor costs; the corner kind = 1 would have loud near 0.
+        assert kind_mean >= floor - 0.1 and loud_mean >= 0.7 * (1 - floor) - 0.1
+    with pytest.raises(SystemExit) as stopped:
+        run([*asked, "--where", "kind>=0.8,loud>=0.8"])
+    assert stopped.value.code == 1
+    assert "infeasible" in capsys.readouterr().out
