@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .conditioning import LoRA, PromptText
 from .conditioning.adapter import save_adapter
@@ -129,6 +130,8 @@ def export_model(steerable: SteerablePolicy, preference: Preference, folder: Pat
     for file in source.iterdir():
         if _matches(file.name, _KEPT) and not _matches(file.name, _NOT_KEPT):
             shutil.copy(file, folder / file.name)
+    if (source / CHAT_TEMPLATE_DIR).is_dir():  # templates beside the default one
+        shutil.copytree(source / CHAT_TEMPLATE_DIR, folder / CHAT_TEMPLATE_DIR)
     if text is not None:
         _write_into_template(folder, text)
     _write_card(steerable, preference, folder, "transformers", _how_to_ask(steerable, text))
@@ -246,7 +249,7 @@ def _prompt_text(policy: Policy, preference: Preference) -> str | None:
     if not isinstance(policy.tokenizer.chat_template, str):
         raise ValueError(
             "The preference of this policy is text in front of the prompt, and its tokenizer has "
-            "no chat template to write it into. Save the policy with "
+            "not just one chat template to write it into. Save the policy with "
             f"SteerablePolicy.save_pretrained, or put this in front of every prompt: {text!r}."
         )
     return text

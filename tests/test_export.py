@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -203,6 +204,26 @@ def test_what_else_the_folder_holds(tiny_folder: Callable[..., Path], tmp_path: 
     expected = json.loads((base / "config.json").read_text())
     assert config == expected | {"tie_word_embeddings": False}
     assert config["resid_pdrop"] == 0.25  # ours is 0, the base's is kept
+
+
+def test_templates_beside_the_default_one_are_kept(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder(chat=True), base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tools": "{{ tools }}"}
+    tokenizer.save_pretrained(base)
+    for name, conditioner in {"lora": LoRA(rank=2), "text": PromptText()}.items():
+        steerable = make_steerable(base, conditioner)
+        preference = steerable.preference(WEIGHTS, ALPHA)
+        if name == "text":
+            with pytest.raises(ValueError, match="not just one chat template"):
+                export_model(steerable, preference, tmp_path / name)
+        else:
+            export_model(steerable, preference, tmp_path / name)
+            found = AutoTokenizer.from_pretrained(tmp_path / name).chat_template
+            assert found == tokenizer.chat_template
 
 
 def test_half_precision_stays(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ def model_card(trained: Trained, adapters: list[str], version: str, place: str) 
         weights=json.dumps(_about_equal(names)),
         alpha=trained.front["points"][0]["alpha"] if trained.front else low or 0.1,
         elsewhere="" if not local else _ELSEWHERE.format(base=base.name),
-        adapters="" if not adapters else _ADAPTERS.format(adapters=_quoted(adapters)),
+        adapters=""
+        if not adapters
+        else _ADAPTERS.format(adapters=_quoted(adapters), place=place, first=adapters[0]),
         trained="The alphas of training are not recorded."
         if low is None
         else f"Trained with alpha from {low:g} to {high:g}.",
@@ -84,7 +86,7 @@ checked.
 """
 _ADAPTERS = """
 Each of {adapters} is also a plain PEFT adapter, of that reward alone (`shared` belongs to all):
-`PeftModel.from_pretrained(base, "FOLDER/NAME")`.
+`PeftModel.from_pretrained(base, "{place}", subfolder="{first}")`.
 """
 
 

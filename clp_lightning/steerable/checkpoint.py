@@ -39,7 +39,6 @@ def read_checkpoint(run: str | Path) -> Trained:
     settings = identity.get("policy") or _older(checkpoint["hyper_parameters"])
     names = list(identity["rewards"])
     state: dict[str, Tensor] = checkpoint["state_dict"]
-    front = run_folder(run) / "front.json"
     return Trained(
         pretrained=as_pretrained(settings["pretrained"]),
         fingerprint=identity["base"]["fingerprint"],
@@ -50,7 +49,7 @@ def read_checkpoint(run: str | Path) -> Trained:
         rewards=names,
         statistics=_statistics(state, names),
         alpha_range=settings["alpha_range"],
-        front=json.loads(front.read_text()) if front.is_file() else None,
+        front=_front(run_folder(run) / "front.json", checkpoint["global_step"]),
         state={
             name.removeprefix("policy."): value
             for name, value in state.items()
@@ -71,6 +70,14 @@ def read_rewards(run: str | Path) -> dict[str, Any]:
     if not rewards:
         raise ValueError(f"{file} does not say which rewards it was trained with.")
     return rewards
+
+
+def _front(file: Path, step: int) -> dict[str, Any] | None:
+    """The run's front, if it was measured on these weights and not after more or fewer steps."""
+    if not file.is_file():
+        return None
+    front: dict[str, Any] = json.loads(file.read_text())
+    return front if front.get("global_step", step) == step else None
 
 
 def _load(run: str | Path) -> tuple[Path, dict[str, Any]]:

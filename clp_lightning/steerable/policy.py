@@ -139,7 +139,10 @@ class SteerablePolicy:
             self._save(Path(folder), place=repo_id)
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                delete_patterns=["*/adapter_*", PICTURE],  # what an earlier policy left there
             )
         return str(commit)
 
@@ -273,6 +276,8 @@ def _read(path: str | Path, revision: str | None, trust_remote_code: bool) -> Tr
         if place.suffix == ".ckpt" or place.is_absolute() or len(place.parts) > 2:
             raise FileNotFoundError(f"There is no policy at {place.absolute()}.")
         place = _fetch(str(path), revision)
+    elif revision is not None:
+        raise ValueError(f"{place} is here, and has no revision '{revision}': drop the revision.")
     if (place / DESCRIPTION).is_file():
         return read_folder(place, trust_remote_code)
     return read_checkpoint(place)

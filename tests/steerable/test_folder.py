@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from lightning.pytorch import Trainer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -72,7 +73,9 @@ def test_each_adapter_loads_alone_with_plain_peft(
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if base == "t5" else {})
     policy = steerable.policy
     for column, name in enumerate([*NAMES, "shared"]):
-        plain = PeftModel.from_pretrained(auto.from_pretrained(folder), tmp_path / "policy" / name)
+        plain = PeftModel.from_pretrained(
+            auto.from_pretrained(folder), str(tmp_path / "policy"), subfolder=name
+        )
         alone = torch.zeros(1, 3)
         alone[0, column] = 1.0
         with torch.no_grad(), policy.conditioner.open(_scope(alone)):
@@ -111,6 +114,13 @@ def test_a_run_is_loaded_without_its_rewards(
         assert loaded.trained.statistics is not None
         mean, std = loaded.trained.statistics["short"]
         assert (mean, std) == (module.rewards.mean[1].item(), module.rewards.std[1].item())
+    front = tmp_path / "front.json"
+    for step, is_its in ((module.trained_steps, True), (1, False)):
+        front.write_text(json.dumps(FRONT | {"global_step": step}))
+        loaded = SteerablePolicy.from_pretrained(tmp_path)
+        assert (loaded.trained.front is not None) is is_its
+    front.write_text(json.dumps(FRONT))  # of a version that did not say
+    assert SteerablePolicy.from_pretrained(tmp_path).trained.front == FRONT
     shutil.move(base, tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match="If the base lies elsewhere"):
         SteerablePolicy.from_pretrained(tmp_path)
@@ -294,6 +304,8 @@ def test_missing_policies_say_where_they_were_looked_for(
         SteerablePolicy.from_pretrained("nobody/nothing")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         SteerablePolicy.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no revision 'v2': drop the revision"):
+        SteerablePolicy.from_pretrained(tmp_path, revision="v2")
     trainer = Trainer(
         max_steps=1,
         default_root_dir=tmp_path,
@@ -335,6 +347,7 @@ def test_the_card_says_what_it_is(tiny_folder: Callable[..., Path], tmp_path: Pa
         "license: apache-2.0",
         "- multi-objective",
         "![Front](front.png)",
+        'PeftModel.from_pretrained(base, "policy", subfolder="kind")',
         "| 0.70 / 0.30 | 0.1 | 0.25 | - | 1.5 | 7 | 0.125 |",
         'from_pretrained("policy")',
         'weights={"kind": 0.5, "short": 0.5}, alpha=0.1)',
@@ -351,6 +364,8 @@ def test_pushing_uploads_what_saving_writes(tiny_folder: Callable[..., Path]) ->
     def upload(**given: Any) -> str:
         calls.append({path.name for path in Path(given["folder_path"]).iterdir()})
         calls.append((Path(given["folder_path"]) / "README.md").read_text())
+        old = ["old/adapter_config.json", "old/adapter_model.safetensors", "front.png"]
+        assert set(filter_repo_objects(old, allow_patterns=given["delete_patterns"])) == {*old}
         return f"https://hub/{given['repo_id']}"
 
     hub = SimpleNamespace(
