@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..described import check_choice
 from .base import Coefficients, Conditioner, Scope
-from .rowwise import mix_rows, why_not_rows
+from .rowwise import Change, mix_rows, why_not_rows
 from .targets import check_preset, in_attention
 
 __all__ = ["Mixture"]
@@ -132,26 +132,39 @@ class Mixture(Conditioner):
             if scope.coefficients is None:
                 yield
             elif len(scope.coefficients) == 1:
-                with self._swapped(self._merge(scope.coefficients[0])):
+                with _swapped(self._changes(), self._merge(scope.coefficients[0])):
                     yield
             else:
-                with mix_rows(self._mixtures(), scope.coefficients):
+                with self._rows_mixed(scope, scope.coefficients):
                     yield
+
+    @contextmanager
+    def _rows_mixed(self, scope: Scope, coefficients: Tensor) -> Iterator[None]:
+        changes = self._changes()
+        if _shared_alike(coefficients):  # what all preferences share is merged
+            k = self._num_conditioned
+            merged = self._merge(coefficients[0], start=k)
+            with _swapped(changes[k:], merged), mix_rows(changes[:k], scope):
+                yield
+        else:
+            with mix_rows(changes, scope):
+                yield
 
     def checkpoint_context(
         self,
     ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         inner = self.scope
-        merged = None
-        if inner.coefficients is not None and len(inner.coefficients) == 1:
-            merged = self._merge(inner.coefficients[0])
+        kept: dict[Any, list[Tensor]] = {}
+        if inner.coefficients is not None:
+            start = 0 if len(inner.coefficients) == 1 else self._num_conditioned
+            if _shared_alike(inner.coefficients):
+                key = _merge_key(inner.coefficients[0], start)
+                kept[key] = self._merge(inner.coefficients[0], start)
 
         @contextmanager
         def again() -> Iterator[None]:
             # The very tensors of the forward: merging anew in every block would be slow.
-            outer, self._merged = self._merged, {}
-            if merged is not None:
-                self._merged[_merge_key(inner.coefficients[0])] = merged  # type: ignore[index]
+            outer, self._merged = self._merged, kept
             try:
                 with self.open(inner):
                     yield
@@ -160,53 +173,28 @@ class Mixture(Conditioner):
 
         return nullcontext(), again()
 
-    def _mixtures(self) -> list[tuple[list[tuple[nn.Module, str]], list[Tensor], list[int]]]:
-        """For each parameter: where it stands, its deltas, and their coefficient columns."""
+    def _changes(self) -> list[Change]:
+        """Every parameter's; the conditioned ones first."""
         k = len(self.deltas)
         copies = self.copies()
-        shared = list(self.shared_delta.values())
-        result: list[tuple[list[tuple[nn.Module, str]], list[Tensor], list[int]]] = []
-        for i, places in enumerate(self._places):
-            if i < self._num_conditioned:
-                result.append((places, [copy[i] for copy in copies], list(range(k))))
-            else:
-                result.append((places, [shared[i - self._num_conditioned]], [k]))
-        return result
+        changes: list[Change] = [
+            (places, [copy[i] for copy in copies], list(range(k)))
+            for i, places in enumerate(self._places[: self._num_conditioned])
+        ]
+        shared = zip(self._places[self._num_conditioned :], self.shared(), strict=True)
+        for places, delta in shared:
+            changes.append((places, [delta], [k]))
+        return changes
 
-    def _merge(self, coefficients: Tensor) -> list[Tensor]:
-        """``theta_ref + sum_i c_i Delta_i`` for every parameter, c of shape (K + 1,)."""
-        key = _merge_key(coefficients)
+    def _merge(self, coefficients: Tensor, start: int = 0) -> list[Tensor]:
+        """``theta_ref + sum_i c_i Delta_i`` of the parameters from ``start`` on, c of (K + 1,)."""
+        key = _merge_key(coefficients, start)
         if self._merged is not None and key in self._merged:
             return self._merged[key]
-        merged: list[Tensor] = []
-        for places, deltas, columns in self._mixtures():
-            module, name = places[0]
-            base = module._parameters[name]
-            assert base is not None
-            total: Tensor = base
-            for delta, column in zip(deltas, columns, strict=True):
-                total = torch.addcmul(total, delta.to(base.dtype), coefficients[column].to(base))
-            merged.append(total)
+        merged = _sums(self._changes()[start:], coefficients)
         if self._merged is not None:
             self._merged[key] = merged
         return merged
-
-    @contextmanager
-    def _swapped(self, merged: list[Tensor]) -> Iterator[None]:
-        """The merged tensors in the place of the base's parameters, inside the block."""
-        kept = [
-            [(module, name, module._parameters[name]) for module, name in places]
-            for places in self._places
-        ]
-        for places, tensor in zip(self._places, merged, strict=True):
-            for module, name in places:
-                module._parameters[name] = tensor  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            for row in kept:
-                for module, name, parameter in row:
-                    module._parameters[name] = parameter
 
     # -- what others ask ----------------------------------------------------------------------
 
@@ -223,11 +211,43 @@ class Mixture(Conditioner):
 
     @torch.no_grad()
     def fold_at(self, coefficients: Tensor) -> dict[str, Tensor]:
-        with self._swapped(self._merge(coefficients)):
+        with _swapped(self._changes(), self._merge(coefficients)):
             # Copies, because the base's own tensors come back when the block is left.
             return {
                 name: value.detach().clone() for name, value in self._model.state_dict().items()
             }
+
+
+def _sums(changes: list[Change], coefficients: Tensor) -> list[Tensor]:
+    """The parameters with their deltas added, at coefficients of shape (K + 1,)."""
+    sums: list[Tensor] = []
+    for places, deltas, columns in changes:
+        module, name = places[0]
+        base = module._parameters[name]
+        assert base is not None
+        total: Tensor = base
+        for delta, column in zip(deltas, columns, strict=True):
+            total = torch.addcmul(total, delta.to(total.dtype), coefficients[column].to(total))
+        sums.append(total)
+    return sums
+
+
+@contextmanager
+def _swapped(changes: list[Change], tensors: list[Tensor]) -> Iterator[None]:
+    """``tensors`` in the place of the base's parameters, inside the block."""
+    places = [
+        (module, name, tensor)
+        for (homes, _, _), tensor in zip(changes, tensors, strict=True)
+        for module, name in homes
+    ]
+    kept = [(module, name, module._parameters[name]) for module, name, _ in places]
+    for module, name, tensor in places:
+        module._parameters[name] = tensor  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, name, parameter in kept:
+            module._parameters[name] = parameter
 
 
 def _key(name: str) -> str:
@@ -244,5 +264,10 @@ def _zeros(places: list[tuple[nn.Module, str]]) -> Tensor:
     return torch.zeros_like(base, dtype=torch.promote_types(base.dtype, torch.float32))
 
 
-def _merge_key(coefficients: Tensor) -> tuple[Any, ...]:
-    return (*coefficients.detach().tolist(), torch.is_grad_enabled())
+def _merge_key(coefficients: Tensor, start: int) -> tuple[Any, ...]:
+    return (*coefficients.detach().tolist(), start, torch.is_grad_enabled())
+
+
+def _shared_alike(coefficients: Tensor) -> bool:
+    """Whether the shared part's coefficient is the same in every row."""
+    return bool((coefficients[:, -1] == coefficients[0, -1]).all())

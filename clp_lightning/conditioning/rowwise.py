@@ -17,10 +17,13 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..functional import linear
+from .base import Scope
 
-__all__ = ["mix_rows", "why_not_rows"]
+__all__ = ["Change", "mix_rows", "why_not_rows"]
 
 Place = tuple[nn.Module, str]
+# Where a parameter stands, its deltas, and their columns of the coefficients.
+Change = tuple[list[Place], list[Tensor], list[int]]
 Mixed = dict[str, tuple[list[Tensor], list[int]]]
 
 
@@ -39,22 +42,20 @@ def why_not_rows(parameters: dict[str, list[Place]]) -> str | None:
 
 
 @contextmanager
-def mix_rows(
-    mixtures: list[tuple[list[Place], list[Tensor], list[int]]], coefficients: Tensor
-) -> Iterator[None]:
+def mix_rows(changes: list[Change], scope: Scope) -> Iterator[None]:
     """Inside the block, row b of every layer's input meets its own parameters.
 
     Args:
-        mixtures: Where a parameter stands, its deltas, and their columns of ``coefficients``.
-        coefficients: Shape (rows, K + 1).
+        changes: Of every parameter that is conditioned.
+        scope: Its coefficients, one for every row, and its cache.
     """
     layers: dict[nn.Module, Mixed] = {}
-    for places, deltas, columns in mixtures:
+    for places, deltas, columns in changes:
         for module, name in places:
             layers.setdefault(module, {})[name] = (deltas, columns)
     before = {module: module.__dict__.get("forward") for module in layers}
     for module, mixed in layers.items():
-        module.forward = partial(_forward, module, mixed, coefficients)
+        module.forward = partial(_forward, module, mixed, scope)
     try:
         yield
     finally:
@@ -65,7 +66,9 @@ def mix_rows(
                 module.forward = forward
 
 
-def _forward(module: nn.Module, mixed: Mixed, coefficients: Tensor, x: Tensor) -> Tensor:
+def _forward(module: nn.Module, mixed: Mixed, scope: Scope, x: Tensor) -> Tensor:
+    coefficients = scope.coefficients
+    assert coefficients is not None
     if len(x) != len(coefficients):
         raise ValueError(
             f"{len(coefficients)} preferences meet a layer input with {len(x)} rows, so rows and "
@@ -73,7 +76,7 @@ def _forward(module: nn.Module, mixed: Mixed, coefficients: Tensor, x: Tensor) -
             "flattened layer?). Use one preference per batch."
         )
     if isinstance(module, (nn.Linear, Conv1D)):
-        return _linear(module, mixed, coefficients, x)
+        return _linear(module, mixed, scope, x)
     if isinstance(module, nn.Embedding):
         out = F.embedding(x, module.weight, module.padding_idx)
         deltas, columns = mixed["weight"]
@@ -97,19 +100,47 @@ def _forward(module: nn.Module, mixed: Mixed, coefficients: Tensor, x: Tensor) -
     return out
 
 
-def _linear(module: Any, mixed: Mixed, coefficients: Tensor, x: Tensor) -> Tensor:
-    """Inputs scaled per row and sets stacked along the input: one product."""
-    transposed = isinstance(module, Conv1D)
-    weight = module.weight.T if transposed else module.weight
-    inputs, weights = [x], [weight]
+def _linear(module: Any, mixed: Mixed, scope: Scope, x: Tensor) -> Tensor:
+    """Inputs scaled per row and sets of weights stacked along the input: one product."""
+    assert scope.coefficients is not None
+    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
     if "weight" in mixed:
-        for delta, column in zip(*mixed["weight"], strict=True):
-            inputs.append(x * _shaped(coefficients[:, column], x.ndim).to(x))
-            weights.append((delta.T if transposed else delta).to(weight.dtype))
-    out = linear(torch.cat(inputs, -1), torch.cat(weights, -1))
+        # Decoding calls a layer once a token; with gradients the stack is part of the graph.
+        reuse = not torch.is_grad_enabled()
+        stack = scope.cache.get(module) if reuse else None
+        if stack is None:
+            stack = _stack(weight, mixed["weight"], isinstance(module, Conv1D), scope.coefficients)
+            if reuse:
+                scope.cache[module] = stack
+        weight, factors = stack
+        factors = factors.to(x).view(len(x), *[1] * (x.ndim - 2), -1, 1)
+        x = (x.unsqueeze(-2) * factors).flatten(-2)  # (rows, ..., sets * in)
+    out = linear(x, weight)
     if module.bias is not None:
-        out = out + _rows(module, "bias", mixed, coefficients, x.ndim)
+        out = out + _rows(module, "bias", mixed, scope.coefficients, x.ndim)
     return out
+
+
+def _stack(
+    weight: Tensor, mixed: tuple[list[Tensor], list[int]], transposed: bool, coefficients: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights, shape (out, sets * in), and what each row multiplies each with, (rows, sets).
+
+    Where the coefficients of every row have the same sum s, ``W + sum_i c_i D_i`` is
+    ``sum_i c_i (D_i + W / s)``, which is one product less.
+    """
+    deltas = [delta.T if transposed else delta for delta in mixed[0]]
+    factors = coefficients[:, mixed[1]]
+    totals = factors.sum(-1)
+    total = totals[0].item()
+    # A learned coefficient must not see the sum; a float32 delta would be lost in a bfloat16 sum.
+    folds = not coefficients.requires_grad and all(d.dtype == weight.dtype for d in deltas)
+    if folds and total > 0 and torch.allclose(totals, totals[:1], rtol=1e-6, atol=0):
+        sets = [torch.add(delta, weight, alpha=1 / total) for delta in deltas]
+    else:
+        sets = [weight, *(delta.to(weight.dtype) for delta in deltas)]
+        factors = torch.cat([torch.ones_like(factors[:, :1]), factors], -1)
+    return torch.cat(sets, -1), factors
 
 
 def _rows(module: nn.Module, name: str, mixed: Mixed, coefficients: Tensor, ndim: int) -> Tensor:

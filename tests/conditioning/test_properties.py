@@ -110,6 +110,36 @@ def test_row_equals_merged_equals_plain_weights(
     assert_same(by_row, {key: sum((m[1][key] for m in merged), torch.zeros(())) for key in by_row})
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["full", "attention", "logits, rest frozen", "gate"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
+def test_rows_that_share_their_alpha_equal_merged_ones(
+    tiny_folder: Callable[..., Path], kind: str, name: str, checkpointing: bool
+) -> None:
+    policy = build_policy(
+        double(tiny_folder(kind)),
+        CONDITIONERS[name](),
+        perturb=0.02,
+        gradient_checkpointing=checkpointing,
+    )
+    if name == "gate":  # as it starts: its coefficients sum to 1 - alpha, by chance
+        for parameter in policy.conditioner.coefficients.gate[-1].parameters():  # type: ignore[index,union-attr]
+            parameter.data.zero_()
+    share = torch.tensor([0.1, 0.3, 0.8])
+    preference = Preference(torch.stack([share, 1 - share], 1), torch.full((3,), 0.2))
+    rollout = TransformersEngine().generate(
+        policy, prompt_batch(PROMPTS, preference), 2, Sampling(8)
+    )
+    merged = [gradients(policy, rollout.select(rollout.groups == group)) for group in range(3)]
+    logp, by_row = gradients(policy, rollout)
+    torch.testing.assert_close(logp, torch.cat([m[0] for m in merged]), atol=1e-5, rtol=1e-5)
+    assert_same(by_row, {key: sum((m[1][key] for m in merged), torch.zeros(())) for key in by_row})
+    with torch.no_grad(), policy.conditioned(rollout.preference):
+        for _ in range(2):  # the second time from what the first one kept
+            again = policy.logprobs(rollout) * rollout.response_mask
+            torch.testing.assert_close(again, logp.detach(), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("name", VANISHING)
 @pytest.mark.parametrize("kind", KINDS)
 def test_step_zero_and_alpha_one_are_the_reference(
@@ -170,13 +200,20 @@ def test_gradient_checkpointing(tiny_folder: Callable[..., Path], kind: str, nam
     assert_same(results[1], results[0])
 
 
-@pytest.mark.parametrize("name", ["full", "soft prompt", "text"])
-def test_checkpointing_merges_once(tiny_folder: Callable[..., Path], name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "groups"), [("full", 1), ("soft prompt", 1), ("text", 1), ("attention", 3)]
+)
+def test_checkpointing_merges_once(
+    tiny_folder: Callable[..., Path], name: str, groups: int
+) -> None:
     """The recomputation sees the very tensors of the forward; merging per block would be slow."""
     policy = build_policy(
         tiny_folder("llama"), CONDITIONERS[name](), perturb=0.02, gradient_checkpointing=True
     )
-    rollout = rollout_of(policy, groups=1)
+    batch = prompt_batch(PROMPTS[:groups])
+    assert batch.preference is not None
+    batch.preference.alpha.fill_(0.2)
+    rollout = TransformersEngine().generate(policy, batch, 2, Sampling(8))
     layer = policy.model.model.layers[0].mlp.up_proj
     seen: list[Tensor] = []
     layer.register_forward_pre_hook(lambda module, _: seen.append(module.weight))
