@@ -10,7 +10,6 @@ __all__ = ["Run", "plan"]
 
 SEEDS = (0, 1, 2)
 CLP, MODULE = "trainer.callbacks.0.init_args", "model.init_args"
-ALPHAS = [0.05, 0.1, 0.2, 0.35, 0.5]
 SHORT = {"trainer.max_steps": 600}  # of every ablation
 LABELS = {
     "full": "full-CLP",
@@ -68,12 +67,19 @@ def _methods(seed: int) -> list[Run]:
 
 def _others(seed: int) -> list[Run]:
     smallest = {"class_path": "AnnealedAlpha", "init_args": {"start": 0.6, "end": 0.05}}
-    alphas = {f"{CLP}.alpha": smallest, f"{MODULE}.grid": {"divisions": 4, "alphas": ALPHAS}}
-    dera = {f"{MODULE}.engine": {"class_path": "DeRa", "init_args": {"alpha_min": 0.05}}}
+    dera = {"class_path": "DeRa", "init_args": {"alpha_min": 0.05}}
+    at_smallest = {f"{CLP}.alpha": smallest}
     return [
         Run("alpha", "full-CLP, alpha sampled", seed, "alpha"),
-        Run("alpha", "full-CLP at alpha 0.05", seed, "full", alphas),
-        Run("alpha", "DeRa", seed, "full", alphas | dera, of="full-CLP at alpha 0.05"),
+        Run("alpha", "full-CLP at alpha 0.05", seed, "alpha", at_smallest),
+        Run(
+            "alpha",
+            "DeRa",
+            seed,
+            "alpha",
+            at_smallest | {f"{MODULE}.engine": dera},
+            of="full-CLP at alpha 0.05",
+        ),
         Run("others", "full-CLP, K = 3", seed, "three"),
         Run("others", "full-CLP, correlated rewards", seed, "correlated"),
     ]
@@ -100,6 +106,7 @@ def _ablations(seed: int) -> list[Run]:
         return {f"{CLP}.weights.init_args.concentration": value}
 
     frozen = {f"{MODULE}.conditioner.init_args.rest": "freeze"}
+    muon = {"class_path": "MuonAdamW"}
     no_adapter = {f"{MODULE}.conditioner.init_args.shared_rank": 0}
     variants: list[tuple[str, str, dict[str, Any]]] = [
         ("full-CLP as above", "full", {}),
@@ -107,6 +114,7 @@ def _ablations(seed: int) -> list[Run]:
         ("alpha sampled from 0.05 to 0.6", "full", alpha("UniformAlpha", low=0.05, high=0.6)),
         *((f"{n} preferences a step", "full", preferences(n)) for n in (1, 4, 8)),
         *((f"Dirichlet({c:g})", "full", concentration(c)) for c in (0.3, 0.5, 2.0)),
+        ("Muon for matrices", "full", {f"{MODULE}.optimizer": muon, f"{MODULE}.lr": 2e-3}),
         ("critic", "full", {f"{MODULE}.critic": {"class_path": "Critic"}}),
         ("KL to go", "full", {f"{MODULE}.kl": "to_go"}),
         ("KL over the vocabulary", "full", {f"{MODULE}.kl": "vocabulary"}),
