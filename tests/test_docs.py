@@ -70,6 +70,22 @@ def test_yaml_can_be_read(page: Path) -> None:
         assert isinstance(yaml.safe_load(text), dict)
 
 
+def test_metrics_and_messages_of_the_pages_are_in_the_code() -> None:
+    code = "\n".join(path.read_text() for path in ROOT.glob("clp_lightning/**/*.py"))
+    code = re.sub(r'" *\n *f?"', "", code)  # literals that go over several lines
+    pages = "\n".join(page.read_text() for page in TEXTS)
+    metrics = set(re.findall(r"`(?:train|val)/([\w/]+)`", pages))
+    assert len(metrics) >= 7
+    for name in metrics:
+        assert f'"{name.replace("NAME", "")}' in code, name
+    rows = (ROOT / "docs/howto/trouble.md").read_text().splitlines()
+    told = [found[1] for row in rows if (found := re.match(r"\| `([^`]* [^`]*)` \|", row))]
+    assert len(told) >= 6
+    for message in told:
+        for part in re.split(r"…|'x'|\w+: |^validate ", message):
+            assert part.strip() in code, message
+
+
 def test_the_conditioner_of_the_page(tiny_folder: Callable[..., Path]) -> None:
     policy = build_policy(tiny_folder(), namespace_of("howto/conditioner.md")["OutputBias"]())
     ids = torch.arange(6, 14).reshape(2, 4)
