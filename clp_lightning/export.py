@@ -83,32 +83,36 @@ def export(
     steerable = SteerablePolicy.from_pretrained(ckpt, base=base, device="cpu")
     preferences = [steerable.preference(*given) for given in asked.values()]
     write = export_model if format == "hf" else export_adapter
+    notes: list[str] = []
     for folder, preference in zip(places, preferences, strict=True):
-        write(steerable, preference, folder)
+        notes += write(steerable, preference, folder)
         print(f"exported: {folder}")
-    if format == "peft" and _on_tied_output(steerable.policy):
-        print(_DO_NOT_MERGE)
+    for note in dict.fromkeys(notes):  # each once
+        print(note)
     spec = steerable.policy.pretrained
     if format == "hf" and gguf_file(find_model(spec.name, spec.revision, weights=False)):
         print("The base came as GGUF; the exported weights are its dequantised ones, changed.")
 
 
 @torch.no_grad()
-def export_model(steerable: SteerablePolicy, preference: Preference, folder: Path) -> None:
+def export_model(steerable: SteerablePolicy, preference: Preference, folder: Path) -> list[str]:
     """Writes plain weights that answer as the policy does at one preference.
 
     The folder has what the base's had: tokenizer, its own generation_config and configuration. The
     weights have the type that the policy computes in. An output layer that no longer is the
     embedding table is written on its own, with ``tie_word_embeddings: false``. Of ``PromptText``
-    the preference goes into the chat template.
+    the preference goes into the chat template, if there is one.
 
     Args:
         steerable: The policy.
         preference: One row.
         folder: New or empty.
 
+    Returns:
+        What the files cannot say about how to ask; it stands on the card too.
+
     Raises:
-        ValueError: the base is quantised, or the preference is text that has no place.
+        ValueError: the base is quantised, or the policy rewrites prompts by code of its own.
     """
     _check_new(folder)
     policy = steerable.policy
@@ -132,12 +136,17 @@ def export_model(steerable: SteerablePolicy, preference: Preference, folder: Pat
             shutil.copy(file, folder / file.name)
     if (source / CHAT_TEMPLATE_DIR).is_dir():  # templates beside the default one
         shutil.copytree(source / CHAT_TEMPLATE_DIR, folder / CHAT_TEMPLATE_DIR)
+    notes = _how_to_ask(policy)
     if text is not None:
-        _write_into_template(folder, text)
-    _write_card(steerable, preference, folder, "transformers", _how_to_ask(steerable, text))
+        in_template = isinstance(policy.tokenizer.chat_template, str)
+        if in_template:
+            _write_into_template(folder, text)
+        notes.insert(0, _text_to_write(text, in_template))
+    _write_card(steerable, preference, folder, "transformers", notes)
+    return notes
 
 
-def export_adapter(steerable: SteerablePolicy, preference: Preference, folder: Path) -> None:
+def export_adapter(steerable: SteerablePolicy, preference: Preference, folder: Path) -> list[str]:
     """Writes one LoRA that does, beside the base, what the policy does at one preference.
 
     All adapters stacked in the rank dimension, coefficients inside: exact, of rank sum r.
@@ -146,6 +155,9 @@ def export_adapter(steerable: SteerablePolicy, preference: Preference, folder: P
         steerable: A policy trained with LoRA.
         preference: One row.
         folder: New or empty.
+
+    Returns:
+        What the files cannot say about how to use it; it stands on the card too.
 
     Raises:
         ValueError: the policy is no LoRA.
@@ -163,10 +175,11 @@ def export_adapter(steerable: SteerablePolicy, preference: Preference, folder: P
         revision=policy.pretrained.revision,
         is_encoder_decoder=policy.model.config.is_encoder_decoder,
     )
-    notes = _how_to_ask(steerable, None)
+    notes = _how_to_ask(policy)
     if _on_tied_output(policy):
         notes.append(_DO_NOT_MERGE)
     _write_card(steerable, preference, folder, "peft", notes)
+    return notes
 
 
 def _asked(
@@ -240,19 +253,13 @@ def _prompt_text(policy: Policy, preference: Preference) -> str | None:
     conditioner = policy.conditioner
     if not conditioner.rewrites:
         return None
-    if not isinstance(conditioner, PromptText):
+    if type(conditioner).rewrite is not PromptText.rewrite:
         raise ValueError(
             f"{type(conditioner).__name__} rewrites prompts, which no weights can do; save the "
             "policy with SteerablePolicy.save_pretrained instead."
         )
-    text = conditioner.text(preference.weights[0].tolist(), float(preference.alpha[0]))
-    if not isinstance(policy.tokenizer.chat_template, str):
-        raise ValueError(
-            "The preference of this policy is text in front of the prompt, and its tokenizer has "
-            "not just one chat template to write it into. Save the policy with "
-            f"SteerablePolicy.save_pretrained, or put this in front of every prompt: {text!r}."
-        )
-    return text
+    assert isinstance(conditioner, PromptText)
+    return conditioner.text(preference.weights[0].tolist(), float(preference.alpha[0]))
 
 
 def _on_tied_output(policy: Policy) -> bool:
@@ -270,14 +277,16 @@ def _write_into_template(folder: Path, text: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _how_to_ask(steerable: SteerablePolicy, text: str | None) -> list[str]:
-    """What the files cannot say: how the policy was asked in training."""
-    policy, notes = steerable.policy, []
-    if text is not None:
-        notes.append(
-            "The preference is text that the chat template writes; a prompt that is not a "
-            f"conversation needs it in front: {json.dumps(text)}."
-        )
+def _text_to_write(text: str, in_template: bool) -> str:
+    which = "every prompt"
+    if in_template:
+        which = "a prompt that is not a conversation (the chat template writes it into those)"
+    return f"The preference is text: put {json.dumps(text)} in front of {which}."
+
+
+def _how_to_ask(policy: Policy) -> list[str]:
+    """How the policy was asked in training, where that is not as usual."""
+    notes = []
     if policy.encoding.chat_template_kwargs:
         given = json.dumps(policy.encoding.chat_template_kwargs)
         notes.append(f"Its chat template was given {given}.")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -144,7 +145,6 @@ def read(
     for case in [*CASES, *PEFT]:
         base, name = case.split("/")
         kind, options = BASES[base]
-        options |= {"chat": True} if name == "text" else {}
         folder = tiny_folder(kind, **options)
         steerable = make_steerable(folder, CONDITIONERS[name.replace("peft", "lora")]())
         inputs = root / f"{base}.safetensors"
@@ -214,16 +214,10 @@ def test_templates_beside_the_default_one_are_kept(
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = {"default": tokenizer.chat_template, "tools": "{{ tools }}"}
     tokenizer.save_pretrained(base)
-    for name, conditioner in {"lora": LoRA(rank=2), "text": PromptText()}.items():
-        steerable = make_steerable(base, conditioner)
-        preference = steerable.preference(WEIGHTS, ALPHA)
-        if name == "text":
-            with pytest.raises(ValueError, match="not just one chat template"):
-                export_model(steerable, preference, tmp_path / name)
-        else:
-            export_model(steerable, preference, tmp_path / name)
-            found = AutoTokenizer.from_pretrained(tmp_path / name).chat_template
-            assert found == tokenizer.chat_template
+    steerable = make_steerable(base)
+    export_model(steerable, steerable.preference(WEIGHTS, ALPHA), tmp_path / "out")
+    found = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert found == tokenizer.chat_template
 
 
 def test_half_precision_stays(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -285,9 +279,35 @@ def test_text_goes_into_the_chat_template(tiny_folder: Callable[..., Path], tmp_
     torch.testing.assert_close(found, steered, atol=1e-5, rtol=1e-5)
 
 
+class Suffix(PromptText):
+    """Writes its text where no chat template of ours would."""
+
+    def rewrite(self, prompt: Any, preference: Preference) -> Any:
+        return f"{prompt} {self.text(preference.weights[0].tolist(), 0.0)}"
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_text_without_a_template_is_told(
+    kind: str, tiny_folder: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    steerable = make_steerable(tiny_folder(kind), PromptText())
+    steerable.save_pretrained(tmp_path / "policy")
+    capsys.readouterr()
+    asked = ["--weights", "kind=.7,short=.3", "--alpha", ".1", "--out", str(tmp_path / "out")]
+    run(["export", "--ckpt", str(tmp_path / "policy"), *asked])
+    shown, card = capsys.readouterr().out, (tmp_path / "out" / "README.md").read_text()
+    for text in (shown, card):
+        (written,) = re.findall(r'put (".*") in front of every prompt', text)
+        assert json.loads(written) == "[kind: 0.70, short: 0.30; stay close: 0.10]\n"
+    preference = steerable.preference(WEIGHTS, ALPHA)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    (ids,) = tokenizer([json.loads(written) + "tea?"])["input_ids"]
+    assert ids == steerable.policy.encode(["tea?"], preference)[0][0].tolist()
+
+
 def test_what_cannot_be_exported_says_why(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     refused: list[tuple[Conditioner, Any, str]] = [
-        (PromptText(), export_model, r"put this in front of every prompt: '\[kind: 0.70"),
+        (Suffix(), export_model, "Suffix rewrites prompts"),
         (Backwards(), export_model, "Backwards rewrites prompts"),
         (SoftPrompt(), export_adapter, "SoftPrompt policy is no adapter"),
         (Mixture(), export_adapter, "Mixture policy is no adapter"),
