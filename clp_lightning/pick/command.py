@@ -90,6 +90,7 @@ def pick(
     data = _data(run_folder(ckpt) / "config.yaml", prompts)
     search_batch, check_batch = _batches(data, 2 * search_prompts, check_prompts)
     policy = SteerablePolicy.from_pretrained(ckpt, base=base, device=device)
+    rewards.to(policy.policy.model.device)
     low_high = _alphas(policy, alphas)
     settings: dict[str, Any] = {"samples": samples, "rows": rows, "seed": seed}
     needs_kl = "kl" in (maximize, *(wish.quantity for wish in wishes))

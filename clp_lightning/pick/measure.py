@@ -128,7 +128,7 @@ class Meter:
             kl = masked_sum(ratio, rollout.response_mask)
         scores = dict(zip(self.rewards.names, self.rewards(rollout).raw.unbind(-1), strict=True))
         columns = {"kl": kl, "length": rollout.lengths} | scores
-        numbers = torch.stack([columns[name].double().cpu() for name in self.quantities], -1)
+        numbers = torch.stack([columns[name].cpu().double() for name in self.quantities], -1)
         return numbers.view(len(batch), self.samples, -1).nanmean(1)
 
 

@@ -171,6 +171,7 @@ def test_odd_names_of_adapters(
         (["a/b", "c"], "cannot be the name"),
         (["a.b", "c"], "cannot be the name"),
         (["..", "c"], "cannot be the name"),
+        (["tea", "Tea"], "differ in upper and lower case only"),
     ],
 )
 def test_names_that_are_no_folder_are_refused_before_training(
