@@ -100,8 +100,8 @@ class RewardBank(nn.Module):
             check_reward_name(name)
         if len({name.casefold() for name in rewards}) < len(rewards):
             raise ValueError(
-                f"Some of {[*rewards]} differ in upper and lower case only, but each has a folder of "
-                "its name in a saved policy; rename one."
+                f"Some of {[*rewards]} differ in upper and lower case only, but each has a folder "
+                "of its name in a saved policy; rename one."
             )
         if on_error not in ("raise", "drop"):
             raise ValueError(f"on_error is 'raise' or 'drop', not '{on_error}'.")
