@@ -112,9 +112,8 @@ def pick(
     print(f"checking on {len(check_batch)} held-out prompts", file=sys.stderr)
     (checked,) = Meter(policy, rewards, check_batch, **settings).measure(best.preference)
     estimates = dict(zip(quantities, checked.estimates(), strict=True))
-    _report(
-        _options(policy.names, checked.preference), maximize, wishes, estimates, len(check_batch)
-    )
+    print(f"pick: {_options(policy.names, checked.preference)}")
+    _report(maximize, wishes, estimates, len(check_batch))
     missed = [w for w in wishes if not w.shortfall(_mean(best, quantities, w.quantity)) <= 0]
     if missed:
         _report_infeasible(quantities, missed, found)
@@ -204,13 +203,12 @@ def _mean(measured: Measured, quantities: Sequence[str], quantity: str) -> float
 
 
 def _report(
-    options: str,
     maximize: str,
     wishes: Sequence[Wish],
     estimates: Mapping[str, Estimate],
     num_prompts: int,
 ) -> None:
-    """The preference as options of the other commands, and what it gives on held-out prompts."""
+    """Prints what the preference gives on held-out prompts."""
     table = Table(title=f"On {num_prompts} held-out prompts, 95 % intervals")
     for heading in ("", "mean", "interval", "wanted", ""):
         table.add_column(heading, justify="right")
@@ -221,7 +219,6 @@ def _report(
         mean = "-" if estimate.mean is None else f"{estimate.mean:.3g}"
         interval = "-" if estimate.low is None else f"[{estimate.low:.3g}, {estimate.high:.3g}]"
         table.add_row(quantity, mean, interval, ", ".join(wanted), ", ".join(verdicts))
-    print(f"pick: {options}")
     print_table(table)
 
 
@@ -243,6 +240,7 @@ def _reaches(wish: Wish, estimate: Estimate) -> bool:
 
 
 def _options(names: Sequence[str], preference: Preference) -> str:
+    """The preference as options of the other commands."""
     weights = dict(zip(names, preference.weights[0].tolist(), strict=True))
     return f"--weights {write_weights(weights, 4)} --alpha {round(float(preference.alpha[0]), 4):g}"
 
