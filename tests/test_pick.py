@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from clp_lightning import Preference, RewardBank
+from clp_lightning import Preference, RewardBank, RunCheckpoint
 from clp_lightning.__main__ import run
 from clp_lightning.cli import main
 from clp_lightning.functional import check_weights, parse_weights
@@ -19,7 +19,16 @@ from clp_lightning.pick import Measured, Meter, Wish, find_preference
 from clp_lightning.pick.command import _options, _reaches
 from clp_lightning.pick.search import _Scale, parse_wishes
 from tests.helpers import NAMES, prompt_batch
-from tests.runs import Counted, kind, run_config, write_config, write_rows
+from tests.runs import (
+    Counted,
+    kind,
+    make_data,
+    make_module,
+    make_trainer,
+    run_config,
+    write_config,
+    write_rows,
+)
 from tests.steerables import make_steerable, named_steerable
 
 PROMPTS = ["tea", "a long walk", "fog?", "ink and owls", "x", "jam"]
@@ -368,3 +377,16 @@ def test_a_trained_dial_meets_a_floor_that_binds_on_held_out_prompts(
         run([*asked, "--where", "kind>=0.8,loud>=0.8"])
     assert stopped.value.code == 1
     assert "infeasible" in capsys.readouterr().out
+
+
+def test_a_reward_without_an_import_path_is_told(
+    tiny_folder: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    rewards = {"kind": lambda completions, **_: [1.0 for _ in completions], "short": Counted()}
+    trainer = make_trainer(tmp_path, RunCheckpoint())
+    trainer.fit(make_module(tiny_folder(), rewards=rewards), make_data(tmp_path))
+    with pytest.raises(SystemExit):
+        run(["pick", "--ckpt", str(tmp_path), "--maximize", "short"])
+    told = capsys.readouterr().err
+    assert "Reward 'kind' was a lambda" in told
+    assert "Commands need rewards with an import path" in told

@@ -123,7 +123,7 @@ class Unavailable(Reward):
         raise ValueError(
             f"Reward '{name}' was a lambda or an object that cannot be imported by name, so the "
             "checkpoint does not hold it. Pass all rewards again: "
-            "load_from_checkpoint(path, rewards={...})."
+            "load_from_checkpoint(path, rewards={...}). Commands need rewards with an import path."
         )
 
     def __call__(self, prompts: list[Prompt], completions: list[Any], **columns: Any) -> Any:
