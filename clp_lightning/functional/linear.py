@@ -36,10 +36,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([[11.]])
     """
-    if _pays(x, weight, bias):
+    if not _pays(x, weight, bias):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
         out: Tensor = _Product.apply(x, weight, bias)
         return out
-    return F.linear(x, weight, bias)
+    return _product(x, weight, bias)
 
 
 def _pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -69,16 +71,20 @@ def _onednn() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with _onednn():
+        # Rows, because a slice of a (B, T, d) tensor would copy the weight for every b.
+        out = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    return out.view(*x.shape[:-1], -1)
+
+
 class _Product(torch.autograd.Function):
     """``x W' + b``; the products of its gradients take the same way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        with _onednn():
-            # Rows, because a slice of a (B, T, d) tensor would copy the weight for every b.
-            out = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
-        return out.view(*x.shape[:-1], -1)
+        return _product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
