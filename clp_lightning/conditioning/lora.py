@@ -245,7 +245,9 @@ class LoRA(Conditioner):
                 raise ValueError(
                     f"{name} is quantised; its adapters cannot be folded in. Export an adapter."
                 )
-            state[f"{name}.weight"] = weight + self.delta(layer, coefficients).to(weight.dtype)
+            # Added in the adapters' precision and rounded once, where the base is in half.
+            folded = weight + self.delta(layer, coefficients)
+            state[f"{name}.weight"] = folded.to(weight.dtype)
         return state
 
 

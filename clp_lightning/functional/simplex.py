@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,8 @@ __all__ = [
     "simplex_grid",
     "write_weights",
 ]
+
+_NUMBERS = (int, float, np.integer, np.floating)
 
 
 def sample_weights(
@@ -118,14 +121,14 @@ def check_weights(weights: Mapping[str, float], names: Sequence[str]) -> Tensor:
                 f"No weight for reward '{name}'; give one (0 is allowed) for: {known}."
             )
         value = weights[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, _NUMBERS):
             raise ValueError(f"The weight of '{name}' must be a number, got {value!r}.")
         if not 0 <= value < float("inf"):
             raise ValueError(f"The weight of '{name}' must be 0 or more and finite, got {value}.")
     total = sum(weights.values())
     if abs(total - 1) > 1e-5:
         raise ValueError(f"The weights {dict(weights)} must sum to 1, they sum to {total:g}.")
-    row = torch.tensor([weights[name] for name in names], dtype=torch.float64)
+    row = torch.tensor([float(weights[name]) for name in names], dtype=torch.float64)
     return (row / row.sum()).float()
 
 
@@ -178,6 +181,6 @@ def check_alpha(alpha: float) -> float:
         >>> check_alpha(0.1)
         0.1
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+    if isinstance(alpha, bool) or not isinstance(alpha, _NUMBERS) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha, the KL strength, must be a number in [0, 1], got {alpha!r}.")
     return float(alpha)

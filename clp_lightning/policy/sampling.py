@@ -34,6 +34,8 @@ class Sampling:
         self.max_new_tokens, self.temperature = int(self.max_new_tokens), float(self.temperature)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {self.max_new_tokens}.")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more; got {self.seed}.")
         if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(
                 "Sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0; got "

@@ -9,7 +9,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
-from clp_lightning import Gate, LoRA, Policy, Preference, Sampling, TransformersEngine, Weights
+from clp_lightning import (
+    Gate,
+    LoRA,
+    Policy,
+    Preference,
+    Pretrained,
+    Sampling,
+    TransformersEngine,
+    Weights,
+)
 from clp_lightning.conditioning.targets import select_layers
 from tests.helpers import NAMES, build_policy, prompt_batch
 from tests.tiny import tiny_model
@@ -195,8 +204,6 @@ def test_folding_needs_one_preference(tiny_folder: Callable[..., Path]) -> None:
 
 
 def test_bfloat16_base_keeps_adapters_in_float32(tiny_folder: Callable[..., Path]) -> None:
-    from clp_lightning import Pretrained
-
     policy = Policy(Pretrained(str(tiny_folder("llama")), dtype="bfloat16"), LoRA())
     policy.build(NAMES)
     assert policy.model.lm_head.base_layer.weight.dtype == torch.bfloat16
@@ -204,6 +211,21 @@ def test_bfloat16_base_keeps_adapters_in_float32(tiny_folder: Callable[..., Path
     rollout = TransformersEngine().generate(policy, prompt_batch(["ab"]), 2, Sampling(4))
     with policy.conditioned(rollout.preference):
         assert policy.logprobs(rollout).dtype == torch.float32
+
+
+def test_a_delta_is_folded_into_a_bfloat16_base_with_one_rounding(
+    tiny_folder: Callable[..., Path],
+) -> None:
+    spec = Pretrained(str(tiny_folder("llama")), dtype="bfloat16")
+    conditioner = LoRA(rank=2, shared_rank=2)
+    build_policy(spec, conditioner, perturb=0.3)
+    at = torch.tensor([0.3, 0.5, 0.8])
+    folded = conditioner.fold_at(at)
+    for name, layer in conditioner._layers.items():
+        exact = layer.base_layer.weight.double() + conditioner.delta(layer, at).double()
+        assert folded[f"{name}.weight"].dtype == torch.bfloat16
+        half_a_step = exact.abs() * 2**-8 * (1 + 1e-5)
+        assert ((folded[f"{name}.weight"].double() - exact).abs() <= half_a_step).all(), name
 
 
 def test_a_gate_is_seeded_by_the_run(tiny_folder: Callable[..., Path]) -> None:

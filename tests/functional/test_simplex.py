@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,3 +122,9 @@ def test_check_alpha_refuses(alpha: float) -> None:
 
 def test_check_alpha_passes() -> None:
     assert [check_alpha(0), check_alpha(0.1), check_alpha(1)] == [0.0, 0.1, 1.0]
+
+
+def test_numbers_of_numpy_pass() -> None:
+    assert check_alpha(np.float32(0.5)) == 0.5 and type(check_alpha(np.int64(1))) is float
+    half = np.float32(0.5)
+    assert check_weights({"a": half, "b": half}, ["a", "b"]).tolist() == [0.5, 0.5]

@@ -80,6 +80,11 @@ def test_training_refuses_truncated_sampling(off: dict[str, float]) -> None:
         Sampling(**off).check_on_policy()  # type: ignore[arg-type]
 
 
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(ValueError, match="seed must be 0 or more; got -1"):
+        Sampling(4, seed=-1)
+
+
 def test_several_stop_ids_and_what_follows_them(tiny_folder: Callable[..., Path]) -> None:
     folder = tiny_folder("llama", chat=True)
     policy = build_policy(folder)
