@@ -242,8 +242,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         self.scale_gradients(step.pop("nominal"), step.pop("kept"))
         used = [step.pop(f"used/{i}") > 0 for i in range(len(self.rewards.names) + 1)]
         self.policy.conditioner.drop_idle_gradients(torch.tensor(used))
-        grads = [p.grad for p in self.own_parameters() if p.grad is not None]
-        self._log_step(step, float(torch.nn.utils.get_total_norm(grads)))
+        self._log_step(step)
 
     def _check(self, step: dict[str, float]) -> None:
         """Ends the run on all ranks together, before the weights are touched."""
@@ -260,7 +259,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
                 f"max_kl={self.max_kl}. {remedy} Try a smaller lr or a larger alpha."
             )
 
-    def _log_step(self, step: dict[str, float], grad_norm: float) -> None:
+    def _log_step(self, step: dict[str, float]) -> None:
         """Every number when loggers write, and in short runs; else what the progress bar shows.
 
         Lightning's bookkeeping costs as much per number as a small layer of a network.
@@ -269,7 +268,10 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         reported = {f"reported/{name}": value for name, value in self.rewards.metrics.items()}
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         written = self.global_step < 10 or (every and (self.global_step + 1) % every == 0)
-        for name, value in {**step, **reported, "grad_norm": grad_norm}.items():
+        if written:
+            grads = [p.grad for p in self.own_parameters() if p.grad is not None]
+            step["grad_norm"] = float(torch.nn.utils.get_total_norm(grads))
+        for name, value in {**step, **reported}.items():
             if written or name in shown:
                 self.log(f"train/{name}", value, prog_bar=name in shown)
 
