@@ -28,6 +28,8 @@ def test_every_run_of_the_plan_builds(tmp_path: Path) -> None:
 def test_methods_sample_alike(tmp_path: Path) -> None:
     budgets: dict[str, set[int]] = {}
     for one in plan.plan():
+        if one.label.endswith("responses"):  # says its own budget
+            continue
         config = run.build_config(one, tmp_path)
         trainer, model, data = config["trainer"], config["model"]["init_args"], config["data"]
         prompts = data["init_args"]["batch_size"] * trainer.get("accumulate_grad_batches", 1)

@@ -165,6 +165,17 @@ def hard_table(results: Results) -> str:
     )
 
 
+def hard_points(results: Results, label: str) -> str:
+    """The closed gap on seen contexts by weighting."""
+    gaps = results.gaps("hard", label)
+    points = next(iter(results.fronts["hard", label].values()))["points"]
+    rows = [
+        [" + ".join(f"{w:g} {name}" for name, w in point["weights"].items() if w), span(gap, 3)]
+        for point, gap in zip(points, gaps.T, strict=True)
+    ]
+    return markdown_table(["weights", "closed gap"], rows)
+
+
 def needed(curves: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Sampled tokens for a level, mean over seeds; a dash where a seed did not reach it."""
     cells = {}
@@ -258,6 +269,7 @@ def write_report(out: Path) -> None:
         methods=methods_table(results),
         difference=difference_table(results, "full-CLP", "Rewarded Soups"),
         hard=hard_table(results),
+        hard_points=hard_points(results, "full-CLP"),
         machine=machine(),
         commit=commit(),
         date=date.today().isoformat(),
