@@ -78,9 +78,7 @@ class Mixture(Conditioner):
         for name, places in self._owners(model):
             chosen = self._is_chosen(name, places) and bool(names)
             (conditioned if chosen else others).append((name, places))
-        if names and not conditioned:
-            kinds = sorted({re.sub(r"\.\d+\.", ".N.", name) for name, _ in others})
-            raise ValueError(f"{self.targets} matches no parameter of {', '.join(kinds)}.")
+        self._check_targets([name for name, _ in [*conditioned, *others]], names, conditioned)
         self._labels = [name for name, _ in [*conditioned, *others]]
         self._places = [places for _, places in conditioned]
         for name, places in conditioned:
@@ -91,6 +89,18 @@ class Mixture(Conditioner):
             for name, places in others:
                 self.shared_delta[_key(name)] = nn.Parameter(_zeros(places))
         self._num_conditioned = len(conditioned)
+
+    def _check_targets(
+        self, labels: Sequence[str], names: Sequence[str], conditioned: Sequence[Any]
+    ) -> None:
+        patterns = self.targets if isinstance(self.targets, list) else []
+        unmatched = [p for p in patterns if not any(re.search(p, label) for label in labels)]
+        if names and (unmatched or not conditioned):
+            kinds = sorted({re.sub(r"\.\d+\.", ".N.", label) for label in labels})
+            raise ValueError(
+                f"{unmatched or self.targets} matches no parameter of {', '.join(kinds)}. A tied "
+                "output layer goes by the input table's name, unless tied='split'."
+            )
 
     def _owners(self, model: nn.Module) -> Iterator[tuple[str, list[tuple[nn.Module, str]]]]:
         """Every parameter with all modules that hold it; a split output layer stands alone."""
@@ -225,10 +235,11 @@ def _sums(changes: list[Change], coefficients: Tensor) -> list[Tensor]:
         module, name = places[0]
         base = module._parameters[name]
         assert base is not None
-        total: Tensor = base
+        # In the deltas' precision, and rounded to the base's once.
+        total = base.to(deltas[0].dtype)
         for delta, column in zip(deltas, columns, strict=True):
-            total = torch.addcmul(total, delta.to(total.dtype), coefficients[column].to(total))
-        sums.append(total)
+            total = torch.addcmul(total, delta, coefficients[column].to(total))
+        sums.append(total.to(base.dtype))
     return sums
 
 

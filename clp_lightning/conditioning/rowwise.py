@@ -109,7 +109,7 @@ def _linear(module: Any, mixed: Mixed, scope: Scope, x: Tensor) -> Tensor:
         reuse = not torch.is_grad_enabled()
         stack = scope.cache.get(module) if reuse else None
         if stack is None:
-            stack = _stack(weight, mixed["weight"], isinstance(module, Conv1D), scope.coefficients)
+            stack = _stack(weight, mixed["weight"], isinstance(module, Conv1D), scope)
             if reuse:
                 scope.cache[module] = stack
         weight, factors = stack
@@ -122,25 +122,40 @@ def _linear(module: Any, mixed: Mixed, scope: Scope, x: Tensor) -> Tensor:
 
 
 def _stack(
-    weight: Tensor, mixed: tuple[list[Tensor], list[int]], transposed: bool, coefficients: Tensor
+    weight: Tensor, mixed: tuple[list[Tensor], list[int]], transposed: bool, scope: Scope
 ) -> tuple[Tensor, Tensor]:
     """Weights, shape (out, sets * in), and what each row multiplies each with, (rows, sets).
 
     Where the coefficients of every row have the same sum s, ``W + sum_i c_i D_i`` is
     ``sum_i c_i (D_i + W / s)``, which is one product less.
     """
+    assert scope.coefficients is not None
     deltas = [delta.T if transposed else delta for delta in mixed[0]]
-    factors = coefficients[:, mixed[1]]
-    totals = factors.sum(-1)
-    total = totals[0].item()
-    # A learned coefficient must not see the sum; a float32 delta would be lost in a bfloat16 sum.
-    folds = not coefficients.requires_grad and all(d.dtype == weight.dtype for d in deltas)
-    if folds and total > 0 and torch.allclose(totals, totals[:1], rtol=1e-6, atol=0):
+    factors = scope.coefficients[:, mixed[1]]
+    total = _common_sum(scope, factors, tuple(mixed[1]))
+    # A float32 delta would be lost in a bfloat16 sum.
+    if total and all(delta.dtype == weight.dtype for delta in deltas):
         sets = [torch.add(delta, weight, alpha=1 / total) for delta in deltas]
     else:
         sets = [weight, *(delta.to(weight.dtype) for delta in deltas)]
         factors = torch.cat([torch.ones_like(factors[:, :1]), factors], -1)
     return torch.cat(sets, -1), factors
+
+
+def _common_sum(scope: Scope, factors: Tensor, columns: tuple[int, ...]) -> float:
+    """Of the factors of every row, shape (rows, sets); 0 where rows differ.
+
+    And where the factors are learned, which must not see the sum. Asked once a scope, because it
+    waits for the device.
+    """
+    key = ("sum", columns)
+    if key not in scope.cache:
+        totals = factors.detach().sum(-1)
+        alike = torch.allclose(totals, totals[:1], rtol=1e-6, atol=0)
+        known = alike and not factors.requires_grad
+        scope.cache[key] = totals[0].item() if known else 0.0
+    total: float = scope.cache[key]
+    return total
 
 
 def _rows(module: nn.Module, name: str, mixed: Mixed, coefficients: Tensor, ndim: int) -> Tensor:

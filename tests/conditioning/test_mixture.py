@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clp_lightning import (
-    Mixture,
-    Preference,
-)
+from clp_lightning import Mixture, Preference, Pretrained
 from tests.helpers import build_policy
 
 
@@ -28,6 +25,27 @@ def test_what_is_conditioned(tiny_folder: Callable[..., Path]) -> None:
     assert {key.split("/")[-2] for key in frozen.deltas[0]} == {"c_attn", "c_proj"}
     with pytest.raises(ValueError, match="matches no parameter"):
         build_policy(tied, Mixture(["q_proj"]))
+    # Every pattern must match, not just one; a tied output layer goes by the table's name.
+    for pattern in ("q_projj", "lm_head"):
+        with pytest.raises(ValueError, match=rf"\['{pattern}'\] matches no parameter"):
+            build_policy(tied, Mixture(["c_attn", pattern]))
+    assert build_policy(tied, Mixture(["c_attn", "lm_head"], tied="split"))
+
+
+def test_deltas_are_merged_into_a_bfloat16_base_with_one_rounding(
+    tiny_folder: Callable[..., Path],
+) -> None:
+    spec = Pretrained(str(tiny_folder("llama")), dtype="bfloat16")
+    conditioner = build_policy(spec, Mixture("full"), perturb=0.01).conditioner
+    at = torch.tensor([0.3, 0.5, 0.8])
+    merged = conditioner.fold_at(at)
+    for name, weight in conditioner._model.state_dict().items():
+        key = name.replace(".", "/")
+        deltas = [copy[key].double() for copy in conditioner.deltas]
+        exact = weight.double() + 0.3 * deltas[0] + 0.5 * deltas[1]
+        half_a_step = exact.abs() * 2**-8 * (1 + 1e-5)
+        assert merged[name].dtype == torch.bfloat16
+        assert ((merged[name].double() - exact).abs() <= half_a_step).all(), name
 
 
 def test_split_leaves_the_input_table_alone(tiny_folder: Callable[..., Path]) -> None:
