@@ -36,7 +36,8 @@ class FrontCallback(Callback):
     by setting ``pl_module.full_grid``.
 
     The module measures: at the end of a validation or test epoch it sets ``front_report``, and it
-    has a ``seed``, its ``trained_steps``, a dict ``decoding`` and a method ``cost_report``.
+    has a ``seed``, its ``trained_steps``, a dict ``decoding`` and methods ``cost_report`` and
+    ``base_identity``.
 
     Attributes:
         path: Of the newest front.json of this run, on rank zero; None before there is one.
@@ -96,13 +97,15 @@ class FrontCallback(Callback):
             )
         module: Any = pl_module
         extra = self.extra_metrics(trainer, pl_module)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # communicates: on every rank
+        # These communicate, so on every rank.
+        folder, base = Path(trainer.log_dir or trainer.default_root_dir), module.base_identity()
         if not trainer.is_global_zero:
             return
         body = report.to_dict()
         front = {
             "schema": body.pop("schema"),
             **self._measured(trainer, module),
+            "base": base,
             "seed": module.seed,
             "decoding": module.decoding,
             **body,

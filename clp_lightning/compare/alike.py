@@ -152,10 +152,15 @@ def _check_constant(first: Run, samples: FrontSamples, k: int, name: str) -> Non
 
 
 def reference_warnings(first: Run, run: Run) -> list[str]:
-    """Whether the references answered the prompts differently, beyond chance.
+    """Whether the references are others, or answered the prompts differently, beyond chance.
 
     Prompts are told apart by their row numbers only, so this may be another data set.
     """
+    if None not in (run.base, first.base) and run.base != first.base:
+        return [
+            f"{run.name} and {first.name} were trained from different bases, so each is measured "
+            "against a reference of its own."
+        ]
     k = len(first.names)
     own, other = (each.samples.cells(len(each.grid))[:, 0, :k] for each in (run, first))
     found = []

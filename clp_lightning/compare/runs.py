@@ -36,6 +36,7 @@ class Run:
         name: Its path, as it was given.
         seed: Of the (first) run.
         names: The K rewards.
+        base: Fingerprint of the base's weights; None is unknown.
         grid: G rows.
         decoding: Under which it was measured; engine and seed, which may differ, left out.
         engine: What answered.
@@ -48,6 +49,7 @@ class Run:
     name: str
     seed: int
     names: list[str]
+    base: str | None
     grid: Preference
     decoding: dict[str, Any]
     engine: str | None
@@ -121,6 +123,7 @@ def read_run(path: str | Path) -> Run:
             name=str(path),
             seed=front["seed"],
             names=names,
+            base=front.get("base", {}).get("fingerprint"),
             grid=Preference(torch.tensor(weights).double(), torch.tensor(alphas).double()),
             decoding={k: v for k, v in decoding.items() if k not in ("engine", "seed")},
             engine=decoding.get("engine"),

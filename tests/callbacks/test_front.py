@@ -43,6 +43,9 @@ class Module(pl.LightningModule):
     def cost_report(self) -> dict[str, Any]:
         return {"optimizer_steps": 4}
 
+    def base_identity(self) -> dict[str, Any]:
+        return {"name": "none", "revision": None, "fingerprint": "0"}
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return (self.weight * batch.float()).mean()
 
@@ -123,7 +126,8 @@ def test_fit_measures_small_grids_then_the_full_one_and_prints_once(
 
     front = json.loads((folder / "front.json").read_text())
     assert list(front)[:4] == ["schema", "stage", "checkpoint", "global_step"]
-    assert list(front)[4:7] == ["seed", "decoding", "rewards"]
+    assert list(front)[4:8] == ["base", "seed", "decoding", "rewards"]
+    assert front["base"]["fingerprint"] == "0"
     assert (front["seed"], front["decoding"]) == (11, {"temperature": 1.0})
     assert len(front["points"]) == 10 and front["cost"] == {"optimizer_steps": 4}
     assert "closed_gap" not in front["metrics"]

@@ -190,6 +190,17 @@ def test_runs_of_single_preferences_are_joined(runs: Path) -> None:
         read_methods(["whole", "kind"])
 
 
+def test_another_base_is_noticed_however_few_prompts(runs: Path) -> None:
+    rewards = torch.zeros(2, 3, 2)
+    for name, mark in (("a", "1"), ("b", "1"), ("c", "2")):
+        write_front(runs / name, rewards, base={"name": "x", "fingerprint": mark})
+    compared = read_methods(["a", "b", "c"])
+    assert compared.warnings == [
+        "c and a were trained from different bases, so each is measured against a reference of "
+        "its own."
+    ]
+
+
 def test_other_references_are_noticed(runs: Path) -> None:
     random = torch.Generator().manual_seed(0)
     rewards = torch.randn(30, 3, 2, generator=random)
