@@ -129,11 +129,26 @@ class Conditioner(Described, nn.Module, ABC):
     one_preference_per_batch: bool = False
     #: True where ``rewrite`` changes prompts, so that the reference sees others.
     rewrites: bool = False
+    _attached: bool = False
 
     def __init__(self, coefficients: Coefficients | None = None) -> None:
         super().__init__()
         self.coefficients = coefficients or Scaled()
         self._scope: Scope | None = None
+
+    def attach_once(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
+        """``attach``, for the one model that this conditioner can belong to.
+
+        Raises:
+            ValueError: it belongs to another already, whose training it would undo.
+        """
+        if self._attached:
+            raise ValueError(
+                f"This {type(self).__name__} belongs to another policy; make a new one for each "
+                "module."
+            )
+        self.attach(model, names, seed)
+        self._attached = True
 
     @abstractmethod
     def attach(self, model: nn.Module, names: Sequence[str], seed: int) -> None:

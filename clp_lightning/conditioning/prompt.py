@@ -34,7 +34,7 @@ class _Around(Conditioner):
     def attach(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
         self._names = list(names)
         self.coefficients.build(len(names), seed)
-        self.rest.attach(model, [], seed)  # no rewards: only what all preferences share
+        self.rest.attach_once(model, [], seed)  # no rewards: only what all preferences share
 
     def copies(self) -> list[list[nn.Parameter]]:
         return [[] for _ in self._names]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -25,11 +24,11 @@ from ..policy import Policy
 from ..pretrained import fingerprint
 from .checkpoint import NameDamagedCheckpoint, warn_of_other_rewards
 from .precision import exact_tensors_kept
+from .schedule import LRDecay, schedule
 
 __all__ = ["PolicyModule"]
 
 _CHECKPOINT_KEY = "clp_lightning"
-LRDecay = Literal["none", "linear", "cosine"]
 
 
 def unavailable_optimizer(parameters: Iterable[Any]) -> Optimizer:
@@ -89,6 +88,16 @@ class PolicyModule(Described, LightningModule):
         self.weight_decay = float(weight_decay)
         self.warmup_steps = int(warmup_steps)
         self.lr_decay = check_choice("lr_decay", lr_decay, get_args(LRDecay))
+        if not all(rate >= 0 for rate in (self.lr, self.lr_shared, self.warmup_steps)):
+            raise ValueError(
+                f"lr, lr_shared and warmup_steps must be 0 or more; got {self.lr}, "
+                f"{self.lr_shared} and {self.warmup_steps}."
+            )
+        if lr_decay != "none" and lr_scheduler is not None:
+            raise ValueError(
+                f"lr_decay={lr_decay!r} and an lr_scheduler both rule the learning rate; leave one "
+                "out."
+            )
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.trained_steps = 0
@@ -143,36 +152,23 @@ class PolicyModule(Described, LightningModule):
             ]
             if parameters
         ]
+        if not groups:
+            raise ValueError(
+                "Nothing of the policy is trained; let its conditioner train something: "
+                "rest='train', or LoRA's shared_rank above 0."
+            )
         groups += self.further_groups()
         optimizer = self.optimizer(groups)
-        schedulers: list[Any] = []
-        if self.warmup_steps:
-            schedulers.append(
-                torch.optim.lr_scheduler.LinearLR(
-                    optimizer,
-                    start_factor=1 / (self.warmup_steps + 1),
-                    total_iters=self.warmup_steps,
-                )
-            )
-        if self.lr_decay != "none":
-            schedulers.append(self._decay(optimizer))
+        schedulers: list[LRScheduler] = []
+        if self.warmup_steps or self.lr_decay != "none":
+            steps = self.trainer.estimated_stepping_batches
+            schedulers.append(schedule(optimizer, self.warmup_steps, self.lr_decay, steps))
         if self.lr_scheduler is not None:
             schedulers.append(self.lr_scheduler(optimizer))
         if not schedulers:
             return optimizer
         both = torch.optim.lr_scheduler.ChainedScheduler(schedulers, optimizer=optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": both, "interval": "step"}}
-
-    def _decay(self, optimizer: Optimizer) -> LRScheduler:
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ValueError(
-                f"lr_decay={self.lr_decay!r} needs to know where the run ends; set the Trainer's "
-                "max_steps or max_epochs."
-            )
-        if self.lr_decay == "cosine":
-            return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=int(steps))
-        return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=int(steps))
 
     def further_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups beside the policy's, as torch takes them."""

@@ -83,6 +83,9 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         gradient_checkpointing: Recompute activations in the backward pass.
         engine: What samples responses; Transformers' forward if None.
         seed: Key of all randomness; that of ``seed_everything`` if None.
+
+    Attributes:
+        step_report: The numbers of the newest optimizer step, over all its responses and ranks.
     """
 
     def __init__(
@@ -152,6 +155,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         self.sampling = Sampling(max_new_tokens, temperature, seed=self.seed)
         self.sampling.check_on_policy()
         self.tally = Tally()
+        self.step_report: dict[str, float] = {}
         self.cost = Cost()
         self._generated: Rollout | None = None
 
@@ -174,6 +178,10 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
             )
 
     def configure_model(self) -> None:
+        if self.critic is not None and self.critic.is_built and not self.policy.is_built:
+            raise ValueError(
+                "This Critic belongs to another module; make a new one for each module."
+            )
         with float32_by_default():
             self.policy.build(self.rewards.names, self.seed)
             if self.critic is not None:
@@ -242,6 +250,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         self.scale_gradients(step.pop("nominal"), step.pop("kept"))
         used = [step.pop(f"used/{i}") > 0 for i in range(len(self.rewards.names) + 1)]
         self.policy.conditioner.drop_idle_gradients(torch.tensor(used))
+        self.step_report = step
         self._log_step(step)
 
     def _check(self, step: dict[str, float]) -> None:

@@ -29,8 +29,15 @@ class Critic(Described, nn.Module):
         super().__init__()
         if hidden < 1:
             raise ValueError(f"hidden must be at least 1; got {hidden}.")
+        if not lr >= 0:
+            raise ValueError(f"The critic's lr must be 0 or more; got {lr}.")
         self.hidden = hidden
         self.lr = lr
+
+    @property
+    def is_built(self) -> bool:
+        """Whether the weights are there."""
+        return "body" in self._modules
 
     def build(self, width: int, num_rewards: int, seed: int) -> None:
         """Creates the weights; a second call does nothing.
@@ -40,7 +47,7 @@ class Critic(Described, nn.Module):
             num_rewards: K.
             seed: Key of the initial weights; the heads start at 0.
         """
-        if "body" in self._modules:
+        if self.is_built:
             return
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         with torch.random.fork_rng(devices=[]):

@@ -80,7 +80,7 @@ class Policy(nn.Module):
             return
         self.tokenizer = pretrained_models.load_tokenizer(self.pretrained)
         self.model = pretrained_models.load_model(self.pretrained)
-        self.conditioner.attach(self.model, names, seed)
+        self.conditioner.attach_once(self.model, names, seed)
         speed_up_linears(self.model)
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable(

@@ -14,13 +14,17 @@ from torch import Tensor
 from clp_lightning import (
     AnnealedAlpha,
     CLPCallback,
+    Critic,
     Fixed,
     FixedAlpha,
     LoRA,
+    Mixture,
     Policy,
     Pretrained,
     PromptBatch,
+    PromptText,
     Rollout,
+    SoftPrompt,
     Vertices,
 )
 from clp_lightning.policy import Sampling, TransformersEngine
@@ -112,11 +116,70 @@ def test_decay_ends_at_zero(
     assert [rates[0] for rates in Capture.rates] == pytest.approx(shares)
 
 
+@pytest.mark.parametrize(
+    ("decay", "rest"),
+    [("linear", [1 / 4, 1 / 8]), ("cosine", [(1 + math.cos(math.pi * s / 8)) / 2 for s in (6, 7)])],
+)
+def test_decay_of_a_run_that_is_made_longer(
+    decay: str, rest: list[float], base: Pretrained, tmp_path: Path
+) -> None:
+    """It neither stays at 0, where the shorter run ended, nor rises again."""
+    options = {"lr": 1.0, "lr_decay": decay, "optimizer": Capture}
+    trainer = make_trainer(tmp_path, max_steps=4)
+    trainer.fit(make_module(base, **options), make_data(tmp_path))
+    trainer.save_checkpoint(tmp_path / "short.ckpt")
+    Capture.rates = []
+    longer = make_trainer(tmp_path, max_steps=8)
+    longer.fit(make_module(base, **options), make_data(tmp_path), ckpt_path=tmp_path / "short.ckpt")
+    found = [rates[0] for rates in Capture.rates]
+    assert len(found) == 4 and found[0] == 0  # the first step's was set before the stop
+    assert found[2:] == pytest.approx(rest)
+
+
 def test_decay_needs_an_end(base: Pretrained, tmp_path: Path) -> None:
     module = make_module(base, lr_decay="cosine")
     trainer = make_trainer(tmp_path, max_steps=-1, max_epochs=-1)
     with pytest.raises(ValueError, match="set the Trainer's max_steps or max_epochs"):
         trainer.fit(module, make_data(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1e-3}, "must be 0 or more; got -0.001"),
+        ({"lr_shared": -1.0}, "must be 0 or more"),
+        (
+            {"lr_decay": "linear", "lr_scheduler": torch.optim.lr_scheduler.ConstantLR},
+            "leave one out",
+        ),
+    ],
+)
+def test_learning_rates_that_make_no_sense(
+    options: dict[str, Any], message: str, base: Pretrained
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_module(base, **options)
+
+
+def test_nothing_to_train_is_refused(base: Pretrained, tmp_path: Path) -> None:
+    module = make_module(base, conditioner=PromptText(rest=Mixture(rest="freeze")))
+    with pytest.raises(ValueError, match="Nothing of the policy is trained"):
+        make_trainer(tmp_path).fit(module, make_data(tmp_path))
+
+
+def test_a_part_of_one_module_is_refused_by_another(base: Pretrained) -> None:
+    for part in ({"conditioner": LoRA()}, {"conditioner": SoftPrompt(LoRA(shared_rank=2))}):
+        make_module(base, **part).configure_model()
+        with pytest.raises(ValueError, match="belongs to another policy; make a new one"):
+            make_module(base, **part).configure_model()
+    critic = Critic()
+    make_module(base, critic=critic).configure_model()
+    with pytest.raises(ValueError, match="Critic belongs to another module"):
+        make_module(base, critic=critic).configure_model()
+    rest = LoRA(shared_rank=2)
+    make_module(base, conditioner=SoftPrompt(rest)).configure_model()
+    with pytest.raises(ValueError, match="belongs to another"):
+        make_module(base, conditioner=SoftPrompt(rest)).configure_model()
 
 
 def test_idle_copies_rest(base: Pretrained, tmp_path: Path) -> None:

@@ -21,6 +21,11 @@ def test_loss_by_hand() -> None:
     assert Critic.loss(predicted, signals, num_responses=4) == pytest.approx(7 / 8)
 
 
+def test_a_negative_learning_rate_is_refused() -> None:
+    with pytest.raises(ValueError, match="lr must be 0 or more; got -1"):
+        Critic(lr=-1)
+
+
 def test_it_learns_what_depends_on_state_and_preference() -> None:
     critic = Critic(hidden=32)
     critic.build(width=4, num_rewards=2, seed=0)
