@@ -25,6 +25,7 @@ def training_records(path: Path) -> list[dict[str, Any]]:
 def config_of(folder: Path, base: Path, every: int = 3) -> str:
     config = run_config(folder, base, max_steps=MAX_STEPS)
     config["trainer"]["callbacks"][2]["init_args"]["every_n_train_steps"] = every
+    config["model"]["init_args"]["optimizer"] = {"class_path": "MuonAdamW"}  # AdamW is a part
     config["model"]["init_args"]["lr_scheduler"] = {
         "class_path": "torch.optim.lr_scheduler.CosineAnnealingLR",
         "init_args": {"T_max": MAX_STEPS},
