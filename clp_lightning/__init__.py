@@ -71,6 +71,7 @@ _HOME = {
     "UniformAlpha": "callbacks",
     "UniformGrid": "callbacks",
     "Vertices": "callbacks",
+    "Watchmen": "callbacks",
     "WeightSampler": "callbacks",
     "Weights": "conditioning",
     "completion_text": "rewards",

@@ -18,6 +18,7 @@ from .preference import (
     WeightSampler,
 )
 from .samples import SamplesCallback
+from .watch import Watchmen
 
 __all__ = [
     "AlphaSampler",
@@ -34,6 +35,7 @@ __all__ = [
     "UniformAlpha",
     "UniformGrid",
     "Vertices",
+    "Watchmen",
     "WeightSampler",
     "plot_front",
 ]
