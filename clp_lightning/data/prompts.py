@@ -76,6 +76,9 @@ class PromptDataModule(LightningDataModule):
         limit: Use only the first rows of the source, for a quick try.
     """
 
+    #: What makes a prompt of a row.
+    format_class: type[PromptFormat] = PromptFormat
+
     def __init__(
         self,
         # Path last of what a config may name: jsonargparse writes as one whatever has a text.
@@ -199,7 +202,7 @@ class PromptDataModule(LightningDataModule):
         template = self.template
         if template is None and isinstance(source, Docstrings):
             template = source.template
-        fmt = PromptFormat(
+        fmt = self.format_class(
             rows.column_names, self.columns, template, self.system, self.conversational
         )
         fmt.check(rows)

@@ -3,6 +3,19 @@
 from .clp import CLPModule, TrainingDiverged
 from .critic import Critic
 from .optimizers import MuonAdamW
+from .reward import RewardModule
 from .supervised import SupervisedModule
+from .supervision import ClassLabels, PreferencePairs, ScalarLabels, Supervision
 
-__all__ = ["CLPModule", "Critic", "MuonAdamW", "SupervisedModule", "TrainingDiverged"]
+__all__ = [
+    "CLPModule",
+    "ClassLabels",
+    "Critic",
+    "MuonAdamW",
+    "PreferencePairs",
+    "RewardModule",
+    "ScalarLabels",
+    "SupervisedModule",
+    "Supervision",
+    "TrainingDiverged",
+]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +20,7 @@ from ..pretrained import Pretrained, load_model
 from ..rewards import completion_text
 from ..types import Preference, PromptBatch, Rollout
 from .base import LRDecay, PolicyModule
+from .folder import replaced
 from .precision import float32_by_default
 from .tally import Tally
 
@@ -123,14 +122,11 @@ class SupervisedModule(PolicyModule):
     @rank_zero_only
     def save(self, folder: str | Path) -> None:
         """Writes the trained model, adapters merged, with its tokenizer; replaces ``folder``."""
-        folder, partial = Path(folder), Path(f"{folder}.partial")
         plain = load_model(self.policy.pretrained)
         plain.load_state_dict(self.policy.conditioner.fold(_unconditional(1)))
-        shutil.rmtree(partial, ignore_errors=True)
-        plain.save_pretrained(partial)
-        self.policy.tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        with replaced(folder) as partial:
+            plain.save_pretrained(partial)
+            self.policy.tokenizer.save_pretrained(partial)
 
     _nominal = 1.0
 

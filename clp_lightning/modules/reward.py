@@ -1,0 +1,148 @@
+"""RewardModule: a reward head, from preference pairs or from labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch import Tensor
+from torchmetrics import MeanMetric
+from torchmetrics.classification import BinaryCalibrationError
+
+from ..keyed import resolve_seed
+from ..policy.classifier import Classifier
+from ..pretrained import Pretrained
+from ..types import PromptBatch
+from .base import LRDecay, PolicyModule
+from .folder import replaced
+from .precision import float32_by_default
+from .supervision import PreferencePairs, Supervision
+from .tally import Tally
+
+__all__ = ["RewardModule"]
+
+
+class RewardModule(PolicyModule):
+    """Trains a sequence classifier and writes a plain Hugging Face folder.
+
+    The loss is the mean over the rows of the whole batch, over all ranks and accumulated batches;
+    every parameter is trained, without dropout. The folder, ``<trainer.log_dir>/reward``, is a
+    reward: ``ClassifierHead(folder)``. Validation logs the share of right decisions and the
+    expected calibration error of their probabilities (Guo et al. 2017, ten equal bins).
+
+    Args:
+        pretrained: The trunk, a language model, an encoder or a classifier: a hub name, a folder
+            or an installed package. A head for other outputs than the supervision's is replaced.
+        supervision: What is learned; ``PreferencePairs()`` if None.
+        max_length: Longer texts lose their beginning; how many is logged.
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        warmup_steps: Optimizer steps over which the learning rate rises.
+        lr_decay: How the learning rate falls to 0 at the end of the run.
+        optimizer: Optimizer class and its further arguments.
+        lr_scheduler: Scheduler class and its arguments, stepped once per optimizer step.
+        seed: Key of a new head; that of ``seed_everything`` if None.
+    """
+
+    policy: Classifier
+
+    def __init__(
+        self,
+        pretrained: str | Pretrained,
+        supervision: Supervision | None = None,
+        max_length: int = 512,
+        lr: float = 2e-5,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        lr_decay: LRDecay = "none",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        seed: int | None = None,
+    ) -> None:
+        supervision = supervision or PreferencePairs()
+        policy = Classifier(pretrained, supervision.outputs, supervision.problem_type, max_length)
+        schedule = (warmup_steps, lr_decay, optimizer, lr_scheduler)
+        super().__init__(policy, lr, None, weight_decay, *schedule)
+        self.supervision = supervision
+        self.seed = resolve_seed(seed)
+        self._tallies = {"train": Tally(), "val": Tally()}
+        self.accuracy = MeanMetric()
+        self.calibration_error = BinaryCalibrationError(n_bins=10, norm="l1")
+        self._told_of_cuts = False
+
+    def setup(self, stage: str) -> None:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "every_batch"):  # before the model is loaded
+            for batch in data.every_batch():
+                self.supervision.check(batch)
+
+    def configure_model(self) -> None:
+        with float32_by_default():
+            self.policy.build(seed=self.seed)
+
+    @property
+    def tally(self) -> Tally:
+        """Sums of training or of validation, which may come between two micro-batches."""
+        return self._tallies["train" if self.training else "val"]
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
+        losses = self.supervision.losses(self.scores(batch), batch)
+        self.tally.add("loss", losses)
+        self.tally.count("rows", len(losses))
+        # The gradient is rescaled to the mean over all rows below.
+        return losses.sum()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        step = self.tally.reduce(self.sum_over_ranks)
+        self.scale_gradients(1.0, step.pop("rows"))
+        for name, value in step.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        scores = self.scores(batch)
+        self.tally.add("loss", self.supervision.losses(scores, batch))
+        if (decisions := self.supervision.decisions(scores, batch)) is not None:
+            probability, right = decisions
+            self.accuracy.update(right.float())
+            self.calibration_error.update(probability, right.long())
+            metrics = {"accuracy": self.accuracy, "calibration_error": self.calibration_error}
+            for name, metric in metrics.items():
+                self.log(f"val/{name}", metric, prog_bar=name == "accuracy")
+
+    def on_validation_epoch_end(self) -> None:
+        step = self.tally.reduce(self.sum_over_ranks)
+        for name, value in step.items():
+            self.log(f"val/{name}", value, prog_bar=name == "loss")
+
+    def scores(self, batch: PromptBatch) -> Tensor:
+        """The head's outputs for the supervision's texts, shape (texts, outputs).
+
+        Raises:
+            ValueError: for rows that cannot be learned from.
+        """
+        self.supervision.check(PromptBatch.check(batch))
+        inputs, cut = self.policy.tokens(self.supervision.texts(batch))
+        self.tally.add("truncated", cut)
+        if cut.any() and not self._told_of_cuts:
+            self._told_of_cuts = True
+            rank_zero_warn(
+                f"{int(cut.sum())} of {len(cut)} texts of a batch are longer than max_length = "
+                f"{self.policy.max_length}, or than the tokenizer allows, and lose their "
+                "beginning; `truncated` logs the share."
+            )
+        return self.policy.scores(inputs)
+
+    def on_fit_end(self) -> None:  # called also where a resumed run has nothing left to train
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "reward"
+        self.save(folder)
+        rank_zero_info(f"reward: {folder}")
+
+    @rank_zero_only
+    def save(self, folder: str | Path) -> None:
+        """Writes the classifier with its tokenizer; replaces ``folder``."""
+        with replaced(folder) as partial:
+            self.policy.model.save_pretrained(partial)
+            self.policy.tokenizer.save_pretrained(partial)
