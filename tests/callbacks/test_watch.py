@@ -48,6 +48,12 @@ SILENT: dict[str, Any] = {
     "min_dial": 0,
 }
 MAX_STEPS = 40
+FRONTS: dict[str, Any] = {
+    "limit_val_batches": 1.0,
+    "val_check_interval": 30,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+}
 
 
 def brief(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -82,12 +88,6 @@ def greedy(**weights: float) -> CLPCallback:
     return CLPCallback(weights=Fixed(weights), alpha=FixedAlpha(0.0))
 
 
-FRONTS: dict[str, Any] = {
-    "limit_val_batches": 1.0,
-    "val_check_interval": 30,
-    "check_val_every_n_epoch": None,
-    "num_sanity_val_steps": 0,
-}
 CAUSES: dict[str, tuple[str, Callable[[], list[Any]], dict[str, Any]]] = {
     "min_length": (
         r"Since step \d+ the response length has collapsed: [12]\.\d tokens",
@@ -322,9 +322,6 @@ def test_the_dial_is_judged_by_its_interval(
         "predicted_gain": predicted,
     }
     assert len(replay(tmp_path, Recorded(quickstart(0)[:2], **front), Watchmen())) == fires
-
-
-# -- words ---------------------------------------------------------------------------------------
 
 
 def test_the_advice_is_that_of_the_documentation() -> None:
