@@ -82,7 +82,8 @@ class SupervisedModule(PolicyModule):
         self.response_column = response_column
         self.max_response_tokens = max_response_tokens
         self.seed = resolve_seed(seed)
-        self.tally = Tally()
+        # Two, because a validation may come between two micro-batches of a step.
+        self.tally, self.held_out = Tally(), Tally()
 
     def setup(self, stage: str) -> None:
         data: Any = getattr(self.trainer, "datamodule", None)
@@ -108,10 +109,10 @@ class SupervisedModule(PolicyModule):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         logp, mask = self._logprobs(batch)
-        self.tally.add("loss", -logp, mask)
+        self.held_out.add("loss", -logp, mask)
 
     def on_validation_epoch_end(self) -> None:
-        step = self.tally.reduce(self.sum_over_ranks)
+        step = self.held_out.reduce(self.sum_over_ranks)
         self.log("val/loss", step["loss"], prog_bar=True)
 
     def on_fit_end(self) -> None:  # called also where a resumed run has nothing left to train

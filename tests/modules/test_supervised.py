@@ -81,15 +81,17 @@ def test_every_token_weighs_alike_however_batches_are_cut(
 ) -> None:
     base = Pretrained(str(tiny_folder("gpt2")), dtype="float64")
     found = []
-    for size, accumulate in ((6, 1), (2, 3)):
+    between = {"val_check_interval": 1, "limit_val_batches": 1}  # a validation after each of them
+    for size, accumulate, options in ((6, 1, {}), (2, 3, {}), (2, 3, between)):
         Capture.gradients.clear()
         module = make_module(base, optimizer=Capture, lr=0.0)
-        trainer = make_trainer(tmp_path, max_steps=1, accumulate_grad_batches=accumulate)
+        trainer = make_trainer(tmp_path, max_steps=1, accumulate_grad_batches=accumulate, **options)
         trainer.fit(module, make_data(tmp_path, batch_size=size))
         found.append(Capture.gradients[0])
     assert any(g is not None and g.any() for g in found[0])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    for gradients in found[1:]:
+        for a, b in zip(found[0], gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
