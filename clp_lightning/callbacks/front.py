@@ -105,13 +105,12 @@ class FrontCallback(Callback):
         front = {
             "schema": body.pop("schema"),
             **self._measured(trainer, module),
-            "base": base,
             "seed": module.seed,
             "decoding": module.decoding,
             **body,
         }
         front["metrics"] |= extra
-        front["cost"] = module.cost_report()
+        front |= {"cost": module.cost_report(), "base": base}
         self._front, self.path = front, folder / "front.json"
 
         folder.mkdir(parents=True, exist_ok=True)

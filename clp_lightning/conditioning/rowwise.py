@@ -132,7 +132,7 @@ def _stack(
     assert scope.coefficients is not None
     deltas = [delta.T if transposed else delta for delta in mixed[0]]
     factors = scope.coefficients[:, mixed[1]]
-    total = _common_sum(scope, factors, tuple(mixed[1]))
+    total = _common_sum(scope, factors, tuple(mixed[1]), weight.dtype)
     # A float32 delta would be lost in a bfloat16 sum.
     if total and all(delta.dtype == weight.dtype for delta in deltas):
         sets = [torch.add(delta, weight, alpha=1 / total) for delta in deltas]
@@ -142,16 +142,18 @@ def _stack(
     return torch.cat(sets, -1), factors
 
 
-def _common_sum(scope: Scope, factors: Tensor, columns: tuple[int, ...]) -> float:
-    """Of the factors of every row, shape (rows, sets); 0 where rows differ.
+def _common_sum(
+    scope: Scope, factors: Tensor, columns: tuple[int, ...], dtype: torch.dtype
+) -> float:
+    """Of the factors of every row, shape (rows, sets); 0 where rows differ in ``dtype``.
 
     And where the factors are learned, which must not see the sum. Asked once a scope, because it
     waits for the device.
     """
-    key = ("sum", columns)
+    key = ("sum", columns, dtype)
     if key not in scope.cache:
-        totals = factors.detach().sum(-1)
-        alike = torch.allclose(totals, totals[:1], rtol=1e-6, atol=0)
+        totals = factors.detach().double().sum(-1)
+        alike = torch.allclose(totals, totals[:1], rtol=4 * torch.finfo(dtype).eps, atol=0)
         known = alike and not factors.requires_grad
         scope.cache[key] = totals[0].item() if known else 0.0
     total: float = scope.cache[key]

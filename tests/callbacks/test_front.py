@@ -126,7 +126,7 @@ def test_fit_measures_small_grids_then_the_full_one_and_prints_once(
 
     front = json.loads((folder / "front.json").read_text())
     assert list(front)[:4] == ["schema", "stage", "checkpoint", "global_step"]
-    assert list(front)[4:8] == ["base", "seed", "decoding", "rewards"]
+    assert list(front)[4:7] == ["seed", "decoding", "rewards"]
     assert front["base"]["fingerprint"] == "0"
     assert (front["seed"], front["decoding"]) == (11, {"temperature": 1.0})
     assert len(front["points"]) == 10 and front["cost"] == {"optimizer_steps": 4}
