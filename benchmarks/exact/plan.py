@@ -88,18 +88,8 @@ def _others(seed: int) -> list[Run]:
 def _hard(seed: int) -> list[Run]:
     """Every method once; the best of them with every seed, also on half as long a schedule."""
     labels = LABELS if seed == 0 else {"full": LABELS["full"]}
-    half = {
-        "trainer.max_steps": 2734,
-        "trainer.callbacks.1.init_args.budgets": [
-            6000,
-            24000,
-            72000,
-            96000,
-            136000,
-            160000,
-            174976,
-        ],
-    }
+    budgets = [6000, 24000, 72000, 96000, 136000, 160000, 174976]
+    half = {"trainer.max_steps": 2734, "trainer.callbacks.1.init_args.budgets": budgets}
     return [
         *(Run("hard", label, seed, f"hard/{config}") for config, label in labels.items()),
         Run("hard", "full-CLP, 175,000 responses", seed, "hard/full", half),

@@ -1,21 +1,23 @@
-"""Folders that are replaced as a whole."""
+"""Model folders that are replaced as a whole."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replaced"]
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["replace_folder"]
 
 
-@contextmanager
-def replaced(folder: str | Path) -> Iterator[Path]:
-    """An empty folder to write into; it takes the place of ``folder`` once the block is done."""
+def replace_folder(
+    folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Writes a model with its tokenizer, which take the place of ``folder`` once they are whole."""
     folder, partial = Path(folder), Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    yield partial
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)

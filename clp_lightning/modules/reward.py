@@ -17,7 +17,7 @@ from ..policy.classifier import Classifier
 from ..pretrained import Pretrained
 from ..types import PromptBatch
 from .base import LRDecay, PolicyModule
-from .folder import replaced
+from .folder import replace_folder
 from .precision import float32_by_default
 from .supervision import PreferencePairs, Supervision
 from .tally import Tally
@@ -143,6 +143,4 @@ class RewardModule(PolicyModule):
     @rank_zero_only
     def save(self, folder: str | Path) -> None:
         """Writes the classifier with its tokenizer; replaces ``folder``."""
-        with replaced(folder) as partial:
-            self.policy.model.save_pretrained(partial)
-            self.policy.tokenizer.save_pretrained(partial)
+        replace_folder(folder, self.policy.model, self.policy.tokenizer)

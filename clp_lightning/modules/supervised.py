@@ -20,7 +20,7 @@ from ..pretrained import Pretrained, load_model
 from ..rewards import completion_text
 from ..types import Preference, PromptBatch, Rollout
 from .base import LRDecay, PolicyModule
-from .folder import replaced
+from .folder import replace_folder
 from .precision import float32_by_default
 from .tally import Tally
 
@@ -125,9 +125,7 @@ class SupervisedModule(PolicyModule):
         """Writes the trained model, adapters merged, with its tokenizer; replaces ``folder``."""
         plain = load_model(self.policy.pretrained)
         plain.load_state_dict(self.policy.conditioner.fold(_unconditional(1)))
-        with replaced(folder) as partial:
-            plain.save_pretrained(partial)
-            self.policy.tokenizer.save_pretrained(partial)
+        replace_folder(folder, plain, self.policy.tokenizer)
 
     _nominal = 1.0
 
