@@ -46,6 +46,8 @@ _HOME = {
     "MOD": "policy",
     "Mixture": "conditioning",
     "MuonAdamW": "modules",
+    "NLIClassifier": "rewards",
+    "NLITextToText": "rewards",
     "Pattern": "rewards",
     "Plain": "rewards",
     "Policy": "policy",

@@ -3,6 +3,7 @@
 from .bank import RewardBank, Scores
 from .base import Completion, Function, Reward, RewardError, completion_text
 from .heads import ClassifierHead, Head, Support
+from .nli import NLIClassifier, NLITextToText
 from .rules import Brevity, Pattern, Plain, Rouge
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "Completion",
     "Function",
     "Head",
+    "NLIClassifier",
+    "NLITextToText",
     "Pattern",
     "Plain",
     "Reward",

