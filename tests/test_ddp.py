@@ -67,7 +67,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
     return checkpoint["state_dict"], checkpoint["clp_lightning_cost"]["counts"]
 
 
-DROPS = {"on_reward_error": "drop"}
+DROPS = {"on_reward_error": "drop", "max_dropped": 1.0}
 FULL = {"conditioner": {"class_path": "Mixture"}}
 # AdamW, whose stale moments would move a copy that one process took for idle.
 AWAY = {"optimizer": {"class_path": "torch.optim.AdamW"}, "lr": 1e-2}

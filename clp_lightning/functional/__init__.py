@@ -1,6 +1,6 @@
 """Tensors in, tensors out: no state, no Lightning."""
 
-from .advantage import leave_one_out
+from .advantage import has_siblings, leave_one_out
 from .kl import k3, kl_to_go, log_ratio, vocabulary_kl
 from .linear import linear
 from .logprobs import log_distribution, masked_sum, token_logprobs
@@ -43,6 +43,7 @@ __all__ = [
     "envy",
     "expected_utility",
     "has_dial",
+    "has_siblings",
     "hypervolume",
     "k3",
     "kl_to_go",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["leave_one_out"]
+__all__ = ["has_siblings", "leave_one_out"]
 
 
 def leave_one_out(values: Tensor, *, groups: Tensor) -> Tensor:
@@ -33,3 +33,22 @@ def leave_one_out(values: Tensor, *, groups: Tensor) -> Tensor:
     siblings = torch.zeros_like(filled).index_add_(0, groups, scored.to(filled))[groups] - 1
     baseline = (total - filled) / siblings.clamp_min(1)
     return (filled - baseline).masked_fill(~scored | (siblings < 1), 0)
+
+
+def has_siblings(groups: Tensor, *, among: Tensor) -> Tensor:
+    """Where another response of the same group is among the chosen ones.
+
+    Args:
+        groups: Which responses share prompt and preference, integers in [0, B), shape (B,).
+        among: True for the chosen ones, shape (B,).
+
+    Returns:
+        Bools, shape (B,).
+
+    Example:
+        >>> groups = torch.tensor([0, 0, 1, 1])
+        >>> has_siblings(groups, among=torch.tensor([True, True, True, False]))
+        tensor([ True,  True, False,  True])
+    """
+    chosen = among.to(groups)
+    return torch.zeros_like(groups).index_add_(0, groups, chosen)[groups] > chosen

@@ -1,9 +1,10 @@
 """LightningModules."""
 
-from .clp import CLPModule, TrainingDiverged
+from .clp import CLPModule
 from .critic import Critic
 from .optimizers import MuonAdamW
 from .reward import RewardModule
+from .stop import TrainingDiverged
 from .supervised import SupervisedModule
 from .supervision import ClassLabels, PreferencePairs, ScalarLabels, Supervision
 

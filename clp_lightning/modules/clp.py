@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ..conditioning import Conditioner
 from ..described import check_choice, describe, import_path
+from ..functional.advantage import has_siblings
 from ..keyed import resolve_seed
 from ..metrics import Grid
 from ..policy import Encoding, Engine, Policy, Sampling, TransformersEngine
 from ..pretrained import Pretrained
-from ..rewards import Reward, RewardBank, Scores
+from ..rewards import Reward, RewardBank, RewardError, Scores
 from ..rewards.base import Unavailable
+from ..rewards.faults import OnError
 from ..types import PromptBatch, Rollout
 from .base import LRDecay, PolicyModule
 from .cost import Cost
@@ -24,16 +26,13 @@ from .critic import Critic
 from .precision import float32_by_default
 from .signal import KLForm, LearningSignal
 from .statistics import fit_statistics
+from .stop import DropLimit, ask_rewards, check_step
 from .sweep import FrontSweep
 from .tally import Tally, count_responses
 
-__all__ = ["CLPModule", "TrainingDiverged"]
+__all__ = ["CLPModule"]
 
 _COST_KEY = "clp_lightning_cost"
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is not finite, or the KL passed its bound; the last checkpoint is still good."""
 
 
 class CLPModule(LearningSignal, FrontSweep, PolicyModule):
@@ -67,6 +66,10 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         statistics_samples: Responses to each of them.
         std_floor: Least deviation a reward is divided by, one for all or by name.
         on_reward_error: Stop at a reward that fails on a sample, or drop the sample and count it.
+        reward_retries: How often a failing reward is asked again before that, after 1, 2, 4, ...
+            seconds.
+        reward_timeout: Seconds that a reward may take for one batch; no limit if None.
+        max_dropped: Share of the responses of ten steps that may be dropped before the run stops.
         lr: Learning rate of the copies.
         lr_shared: Learning rate of the shared part; ``lr`` if None.
         weight_decay: Weight decay of everything trained; a hidden second KL.
@@ -106,7 +109,10 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         statistics_prompts: int = 256,
         statistics_samples: int = 4,
         std_floor: float | dict[str, float] = 1e-3,
-        on_reward_error: Literal["raise", "drop"] = "raise",
+        on_reward_error: OnError = "raise",
+        reward_retries: int = 0,
+        reward_timeout: float | None = None,
+        max_dropped: float = 0.5,
         lr: float = 1e-4,
         lr_shared: float | None = None,
         weight_decay: float = 0.0,
@@ -127,7 +133,8 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         self.seed, temperature = resolve_seed(seed), float(temperature)
         encoding = Encoding(max_prompt_tokens, on_long, chat_template_kwargs)
         policy = Policy(pretrained, conditioner, encoding, temperature, gradient_checkpointing)
-        bank = RewardBank(rewards, std_floor=std_floor, on_error=on_reward_error)
+        faults: dict[str, Any] = {"retries": reward_retries, "timeout": reward_timeout}
+        bank = RewardBank(rewards, std_floor=std_floor, on_error=on_reward_error, **faults)
         schedule = (warmup_steps, lr_decay, optimizer, lr_scheduler)
         super().__init__(policy, lr, lr_shared, weight_decay, *schedule)
         least = 2 if critic is None else 1
@@ -140,6 +147,8 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         if rollout_batches < 1:
             raise ValueError(f"rollout_batches must be at least 1; got {rollout_batches}.")
         self.rewards = bank
+        self.drop_limit = DropLimit(max_dropped)
+        self.failure: RewardError | None = None  # of this rank, not yet told to the others
         self.kl = check_choice("kl", kl, get_args(KLForm))
         self.critic = critic
         self.samples_per_prompt = samples_per_prompt
@@ -233,40 +242,33 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         return rollout
 
     def score(self, rollout: Rollout) -> tuple[Rollout, Scores]:
-        """The kept responses and their K rewards, raw and normalised."""
-        scores = self.rewards(rollout, trainer_state=self.trainer_state())
-        self.tally.count("dropped", float((~scores.kept).sum()))
-        if scores.kept.all():
-            return rollout, scores
-        return rollout.select(scores.kept), scores.select(scores.kept)
+        """The kept responses and their K rewards.
+
+        Without a critic, a response whose siblings were all dropped has no baseline and goes too.
+        """
+        scores = ask_rewards(self, rollout)
+        kept = scores.kept
+        if self.critic is None:
+            kept = kept & has_siblings(rollout.groups.to(kept.device), among=kept)
+        self.tally.count("failed", float(self.failure is not None))
+        self.tally.count("dropped", float((~kept).sum()))
+        return (rollout, scores) if kept.all() else (rollout.select(kept), scores.select(kept))
 
     # -- one optimizer step -----------------------------------------------------------------
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Once per step, before clipping: rescale to the kept responses, rest the idle copies."""
         step = self.tally.reduce(self.sum_over_ranks)
-        self._check(step)
+        check_step(self, step)
         self.cost.add_step(step)
-        self.scale_gradients(step.pop("nominal"), step.pop("kept"))
+        kept = step.pop("kept")
+        self.scale_gradients(step.pop("nominal"), kept)
+        if not kept:  # a zero gradient would still move weights, on Adam's momentum
+            self.zero_grad(set_to_none=True)
         used = [step.pop(f"used/{i}") > 0 for i in range(len(self.rewards.names) + 1)]
         self.policy.conditioner.drop_idle_gradients(torch.tensor(used))
         self.step_report = step
         self._log_step(step)
-
-    def _check(self, step: dict[str, float]) -> None:
-        """Ends the run on all ranks together, before the weights are touched."""
-        where = self.last_checkpoint()
-        remedy = f"The last good checkpoint is {where}." if where else "No checkpoint was written."
-        if step.pop("not_finite"):
-            raise TrainingDiverged(
-                f"The loss at step {self.global_step} is not finite. {remedy} "
-                "Try a smaller lr, gradient clipping, or bf16 instead of fp16."
-            )
-        if self.max_kl is not None and step.get("kl", 0.0) > self.max_kl:
-            raise TrainingDiverged(
-                f"The KL at step {self.global_step} is {step['kl']:.2f} nats per response, above "
-                f"max_kl={self.max_kl}. {remedy} Try a smaller lr or a larger alpha."
-            )
 
     def _log_step(self, step: dict[str, float]) -> None:
         """Every number when loggers write, and in short runs; else what the progress bar shows.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..types import Preference, PromptBatch
+from .stop import ask_rewards, gather, raise_together
 
 if TYPE_CHECKING:
     from .clp import CLPModule
@@ -39,26 +40,30 @@ def fit_statistics(module: CLPModule, prompts: int, samples: int) -> None:
     if prompts == 0:
         module.rewards.leave_raw()
         return
-    keys, raw = [], []
+    found, dropped = [], 0
     with module.policy.reference():
         for batch in _batches(module, prompts):
             preference = uniform_preference(len(batch), len(module.rewards.names))
             batch = replace(batch, preference=preference.to(module.device))
             rollout = module.engine.generate(module.policy, batch, samples, module.sampling)
-            keys.append(torch.stack([rollout.prompt_ids.cpu(), rollout.sample.cpu()], dim=1))
-            raw.append(module.rewards(rollout, trainer_state=module.trainer_state()).raw.cpu())
-    if not raw:
+            keys = torch.stack([rollout.prompt_ids.cpu(), rollout.sample.cpu()], dim=1)
+            scores = ask_rewards(module, rollout)
+            found.append((keys, scores.raw.cpu()))
+            dropped += int((~scores.kept).sum())
+    raise_together(module)
+    if not found:
         raise ValueError("There is no prompt to measure the rewards' statistics on.")
-    module.rewards.fit(_merged(module.trainer.world_size, torch.cat(keys), torch.cat(raw)))
+    parts = gather(module.trainer, (found, dropped))
+    keys, raw = map(torch.cat, zip(*(pair for part in parts for pair in part[0]), strict=True))
+    lost, sampled = sum(part[1] for part in parts), len(raw)
+    if lost > module.drop_limit.share * sampled:
+        what = f"Before training: {lost} of {sampled} responses of the reference"
+        raise module.drop_limit.error(module, what)
+    module.rewards.fit(_each_once(keys, raw))
 
 
-def _merged(world_size: int, keys: Tensor, raw: Tensor) -> Tensor:
-    """The scores of all ranks, each response once, in an order that does not depend on ranks."""
-    if world_size > 1:
-        parts: list[Any] = [None] * world_size
-        torch.distributed.all_gather_object(parts, (keys, raw))
-        keys = torch.cat([part[0] for part in parts])
-        raw = torch.cat([part[1] for part in parts])
+def _each_once(keys: Tensor, raw: Tensor) -> Tensor:
+    """The scores of every response once, in an order that does not depend on the ranks."""
     unique, group = torch.unique(keys, dim=0, return_inverse=True)
     first = torch.full((len(unique),), len(keys))
     return raw[first.scatter_reduce(0, group, torch.arange(len(keys)), "amin")]

@@ -16,6 +16,7 @@ from ..metrics import Front, FrontReport, Grid
 from ..types import Preference, PromptBatch, Rollout
 from .cost import Cost
 from .statistics import EVALUATION_EPOCH, fit_statistics, uniform_preference
+from .stop import ask_rewards, raise_together
 
 if TYPE_CHECKING:
     from ..policy import Engine, Policy, Sampling
@@ -116,10 +117,15 @@ class FrontSweep(LightningModule):
             self._add(rollout, point)
 
     def on_validation_epoch_end(self) -> None:
+        self._report_front("val")
+
+    def _report_front(self, stage: str) -> None:
+        raise_together(self)  # type: ignore[arg-type]
         self.front_report = self.front.compute()
         for name, value in self.front_report.scalars().items():
             # Equal on all ranks already; sync_dist keeps Lightning from warning of it.
-            self.log(f"val/{name}", value, prog_bar=name == "value", sync_dist=True)
+            in_bar = (stage, name) == ("val", "value")
+            self.log(f"{stage}/{name}", value, prog_bar=in_bar, sync_dist=True)
 
     def on_test_epoch_start(self) -> None:
         self.on_validation_epoch_start()
@@ -128,9 +134,7 @@ class FrontSweep(LightningModule):
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        self.front_report = self.front.compute()
-        for name, value in self.front_report.scalars().items():
-            self.log(f"test/{name}", value, sync_dist=True)
+        self._report_front("test")
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One record per response: what was asked, under which preference, and the answer."""
@@ -181,7 +185,7 @@ class FrontSweep(LightningModule):
         return rollout, torch.tensor(points)[rollout.groups.cpu()]
 
     def _add(self, rollout: Rollout, point: Tensor) -> None:
-        scores = self.rewards(rollout, trainer_state=self.trainer_state())
+        scores = ask_rewards(self, rollout)  # type: ignore[arg-type]
         ratio = torch.zeros(len(rollout))
         if int(point[0]) != REFERENCE:
             with self.policy.reference():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..functional.advantage import leave_one_out
+from ..functional.advantage import has_siblings, leave_one_out
 from ..functional.logprobs import masked_sum
 from ..functional.objective import scalarize
 from ..types import Rollout
@@ -94,13 +94,18 @@ def count_responses(
         tally.add(f"abstained/{name}", reward.isnan())
         tally.add(f"reward_by_weight/{name}/low", reward, weight < 1 / 3)
         tally.add(f"reward_by_weight/{name}/high", reward, weight > 2 / 3)
-        tally.add(f"without_spread/{name}", _without_spread(spread[:, i], rollout.groups))
+        alike = _without_spread(spread[:, i], rollout.groups, ~reward.isnan())
+        tally.add(f"without_spread/{name}", alike)
 
 
-def _without_spread(centred: Tensor, groups: Tensor) -> Tensor:
-    """1 for every group whose responses a reward cannot tell apart, shape (G,)."""
+def _without_spread(centred: Tensor, groups: Tensor, scored: Tensor) -> Tensor:
+    """For every group of two or more scored responses, 1 if a reward cannot tell them apart."""
     if not len(groups):
         return centred
-    largest = centred.new_zeros(int(groups.max()) + 1)
-    largest = largest.scatter_reduce(0, groups.to(centred.device), centred.abs(), "amax")
-    return (largest <= 1e-6).double()
+    groups = groups.to(centred.device)
+    compared = scored & has_siblings(groups, among=scored)
+    largest = centred.new_full((int(groups.max()) + 1,), -1.0)
+    # A response that is not compared counts as -1: less than any deviation.
+    deviation = centred.abs().masked_fill(~compared, -1)
+    largest = largest.scatter_reduce(0, groups, deviation, "amax")
+    return (largest[largest >= 0] <= 1e-6).double()

@@ -9,15 +9,16 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..described import settings
 from ..types import Rollout
-from .base import Function, Reward, RewardError
-from .calling import Problem, Samples, start
+from .base import Function, Reward
+from .calling import Problem, Samples
+from .faults import FaultPolicy, OnError
 
 __all__ = ["RewardBank", "Scores", "check_reward_name"]
 
@@ -48,6 +49,11 @@ class Scores:
         """The scores at ``rows``, an index or a mask."""
         return Scores(self.raw[rows], self.kept[rows])
 
+    @classmethod
+    def nothing(cls, rows: int, num_rewards: int) -> Scores:
+        """Of ``rows`` responses that were all dropped."""
+        return cls(torch.full((rows, num_rewards), math.nan), torch.zeros(rows, dtype=torch.bool))
+
 
 class RewardBank(nn.Module):
     """Scores rollouts under K rewards and normalises the scores.
@@ -62,6 +68,9 @@ class RewardBank(nn.Module):
             those not named.
         on_error: What a failing reward does: ``raise`` stops the run, ``drop`` leaves the
             responses concerned out and counts them in ``dropped``.
+        retries: How often a failing reward is asked again before that.
+        retry_wait: Seconds before it is asked again; twice as long each time.
+        timeout: Seconds that a reward may take for one batch, all tries apart; no limit if None.
 
     Attributes:
         names: Names of the rewards; the order of every K axis.
@@ -86,7 +95,10 @@ class RewardBank(nn.Module):
         rewards: Mapping[str, Reward | Callable[..., Any] | str],
         statistics: Mapping[str, Sequence[float]] | None = None,
         std_floor: float | Mapping[str, float] = 1e-3,
-        on_error: Literal["raise", "drop"] = "raise",
+        on_error: OnError = "raise",
+        retries: int = 0,
+        retry_wait: float = 1.0,
+        timeout: float | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(rewards, Mapping):
@@ -103,12 +115,10 @@ class RewardBank(nn.Module):
                 f"Some of {[*rewards]} differ in upper and lower case only, but each has a folder "
                 "of its name in a saved policy; rename one."
             )
-        if on_error not in ("raise", "drop"):
-            raise ValueError(f"on_error is 'raise' or 'drop', not '{on_error}'.")
+        self.faults = FaultPolicy(on_error, retries, retry_wait, timeout)
         # A plain dict: heads are frozen and stay out of parameters, state and train().
         self.rewards = {name: _as_reward(name, reward) for name, reward in rewards.items()}
         self.names = list(self.rewards)
-        self.on_error = on_error
         self.statistics = self._by_name("statistics", statistics or {})
         floors = std_floor if isinstance(std_floor, Mapping) else dict.fromkeys(rewards, std_floor)
         self.std_floor = dict.fromkeys(self.names, 1e-3) | self._by_name("std_floor", floors)
@@ -179,14 +189,14 @@ class RewardBank(nn.Module):
         for reward in self.rewards.values():
             reward.place(self.mean.device)
         # All are started before the first is waited for, so asynchronous ones run side by side.
-        calls = [start(reward, samples, context) for reward in self.rewards.values()]
+        calls = [self.faults.call(reward, samples, context) for reward in self.rewards.values()]
         columns: list[list[float | None]] = []
-        for name, call in zip(self.names, calls, strict=True):
+        for (name, reward), call in zip(self.rewards.items(), calls, strict=True):
             try:
                 columns.append([*call.scores()])
             except Problem as problem:
-                columns.append(self._recover(name, problem, samples, context))
                 self.problems[name] = str(problem)
+                columns.append(self.faults.recover(name, reward, problem, samples, context))
         kept = [None not in scores for scores in zip(*columns, strict=True)]
         self.metrics = {name: sum(values) / len(values) for name, values in metrics.items()}
         self.extra = extra
@@ -246,39 +256,6 @@ class RewardBank(nn.Module):
             )
         return (raw - self.mean) / self.std
 
-    def _recover(
-        self, name: str, problem: Problem, samples: Samples, context: dict[str, Any]
-    ) -> list[float | None]:
-        """Raises, or scores what can be scored: None marks a dropped response."""
-        silent = context | {"log_extra": _ignore, "log_metric": _ignore}
-
-        def scores_of(rows: list[int]) -> list[float]:
-            chosen = {key: [values[i] for i in rows] for key, values in samples.items()}
-            return start(self.rewards[name], chosen, silent).scores()
-
-        def fails(row: int) -> bool:
-            try:
-                scores_of([row])
-            except Problem:
-                return True
-            return False
-
-        rows = list(range(len(samples["prompts"])))
-        if self.on_error == "raise":
-            # Which response it was shows when each is scored alone; else it is the whole batch.
-            row = problem.row if problem.row is not None else next(filter(fails, rows), 0)
-            raise RewardError(
-                f"Reward '{name}' {problem}. Prompt: {_short(samples['prompts'][row])} "
-                f"Completion: {_short(samples['completions'][row])}"
-            ) from problem
-        good = [row for row in rows if not fails(row)]
-        # Together again, because a score may depend on its siblings.
-        try:
-            scores = dict(zip(good, scores_of(good), strict=True)) if good else {}
-        except Problem:
-            scores = {}
-        return [scores.get(row) for row in rows]
-
     def _by_name(self, argument: str, values: Mapping[str, Any]) -> dict[str, Any]:
         unknown = [name for name in values if name not in self.names]
         if unknown:
@@ -315,12 +292,3 @@ def _samples(rollout: Rollout) -> Samples:
     ids = [row[:length] for row, length in zip(rollout.response_ids.tolist(), lengths, strict=True)]
     given = {"prompts": rollout.prompts, "completions": completions, "completion_ids": ids}
     return given | rollout.columns
-
-
-def _ignore(*_: Any) -> None:
-    pass
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "…"

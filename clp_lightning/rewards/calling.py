@@ -7,25 +7,39 @@ import inspect
 import math
 import os
 import threading
+import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, wait
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
-__all__ = ["Problem", "Samples", "start"]
+__all__ = ["Call", "Late", "Problem", "Samples", "start"]
 
 Samples = dict[str, list[Any]]
 """Keyword arguments of a reward that are lists with one entry per response."""
 
 
 class Problem(Exception):
-    """What a reward did wrong; ``row`` says with which response, where that is known."""
+    """What a reward did wrong.
+
+    Attributes:
+        row: The response concerned, where that is known.
+        scores: One per response where it is known on which ones the reward failed: None there.
+    """
+
+    scores: list[float | None] | None = None
 
     def __init__(self, what: str, row: int | None = None) -> None:
         super().__init__(what)
         self.row = row
+
+
+class Late(Problem):
+    """A reward did not answer within its time limit."""
 
 
 @dataclass
@@ -44,6 +58,8 @@ class Call:
         """
         try:
             returned = self.result()
+        except Late:
+            raise
         except Exception as error:
             raise Problem(f"raised {type(error).__name__}: {error}{self._hint(error)}") from error
         for name, values in self.given.items():
@@ -56,7 +72,18 @@ class Call:
         expected = len(self.given["completions"])
         if len(returned) != expected:
             raise Problem(f"returned {len(returned)} scores for {expected} completions")
-        return [_number(value, row) for row, value in enumerate(returned)]
+        scores: list[float | None] = []
+        first: Problem | None = None
+        for row, value in enumerate(returned):
+            try:
+                scores.append(_number(value, row))
+            except Problem as problem:  # the first is told, all are left out
+                first = first or problem
+                scores.append(None)
+        if first is not None:
+            first.scores = scores
+            raise first
+        return [score for score in scores if score is not None]
 
     def _hint(self, error: Exception) -> str:
         chat = any(isinstance(completion, list) for completion in self.given["completions"])
@@ -65,23 +92,73 @@ class Call:
         return ""
 
 
-def start(function: Callable[..., Any], samples: Samples, context: dict[str, Any]) -> Call:
+def start(
+    function: Callable[..., Any],
+    samples: Samples,
+    context: dict[str, Any],
+    timeout: float | None = None,
+) -> Call:
     """Call ``function(**samples, **context)``; a coroutine starts to run in the background.
 
     Args:
         function: The reward.
         samples: Its lists, of which it gets copies.
         context: Its other keyword arguments.
+        timeout: Seconds that it may take. What takes longer is left behind: nothing can end a
+            thread from outside.
     """
     copy = {name: _copy(values) for name, values in samples.items()}
+    begun = time.monotonic()
     try:
-        returned = function(**copy, **context)
+        if timeout is None:
+            returned = function(**copy, **context)
+        else:
+            returned = _result(_in_thread(lambda: function(**copy, **context)), begun, timeout)
     except Exception as error:
         return Call(samples, copy, _raiser(error))
     if inspect.isawaitable(returned):
         future = asyncio.run_coroutine_threadsafe(_awaited(returned), _event_loop(os.getpid()))
-        return Call(samples, copy, future.result)
+        return Call(samples, copy, lambda: _result(future, begun, timeout))
     return Call(samples, copy, lambda: returned)
+
+
+def _result(future: Future[Any], begun: float, timeout: float | None) -> Any:
+    """What ``future`` comes to.
+
+    Raises:
+        Late: it has not by ``timeout`` seconds after ``begun``. A TimeoutError is the reward's own.
+    """
+    if timeout is not None:
+        wait([future], max(0.0, begun + timeout - time.monotonic()))
+        if not future.done():
+            future.cancel()
+            raise Late(f"did not answer within {timeout:g} s")
+    return future.result()
+
+
+def _in_thread(call: Callable[[], Any]) -> Future[Any]:
+    """``call()`` in a thread of its own, with the caller's device and gradient mode.
+
+    A daemon: one that hangs must not keep the process alive, as those of a pool would.
+    """
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()  # one that is late settles all the same, heard by nobody
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    with_gradient = torch.is_grad_enabled()
+
+    def run() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            with torch.set_grad_enabled(with_gradient):
+                result = call()
+        except BaseException as error:  # the caller's to handle, be it SystemExit
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=copy_context().run, args=(run,), name="reward", daemon=True).start()
+    return future
 
 
 def _raiser(error: Exception) -> Callable[[], Any]:
@@ -108,6 +185,8 @@ def _event_loop(process: int) -> asyncio.AbstractEventLoop:
 def _number(value: Any, row: int) -> float:
     if value is None:
         return math.nan
+    if isinstance(value, Exception):
+        raise Problem(f"failed with {type(value).__name__}: {value}", row)
     if hasattr(value, "item"):  # a scalar of torch or numpy
         value = value.item()
     if not isinstance(value, (int, float)):

@@ -122,15 +122,15 @@ def test_one_hot_weights_are_plain_finetuning(base: Pretrained, tmp_path: Path) 
 
 # -- dropped responses ---------------------------------------------------------------------------
 
+DROPS: dict[str, Any] = {"on_reward_error": "drop", "max_dropped": 1.0}
+
 
 def fails_always(completions: list[str], **_: Any) -> list[float]:
     raise ConnectionError("nobody there")
 
 
 def test_dropped_responses_do_not_count(base: Pretrained, tmp_path: Path) -> None:
-    module, found = gradients(
-        base, tmp_path, rewards={"kind": kind, "picky": picky}, on_reward_error="drop"
-    )
+    module, found = gradients(base, tmp_path, rewards={"kind": kind, "picky": picky}, **DROPS)
     kept = [len(rollout) for rollout, _ in module.seen]
     assert {3, 6} & set(kept) and {4, 5} & set(kept)
     for number in [number for number, rows in enumerate(kept) if rows >= 3]:
@@ -141,7 +141,7 @@ def test_dropped_responses_do_not_count(base: Pretrained, tmp_path: Path) -> Non
 
 def test_the_kept_of_a_window_weigh_alike(base: Pretrained, tmp_path: Path) -> None:
     rewards = {"kind": kind, "picky": picky}
-    options: dict[str, Any] = {"rewards": rewards, "on_reward_error": "drop"}
+    options: dict[str, Any] = {"rewards": rewards, **DROPS}
     module, single = gradients(base, tmp_path, **options)
     _, four = gradients(base, tmp_path, trainer={"accumulate_grad_batches": 4}, **options)
     kept = torch.tensor([float(len(rollout)) for rollout, _ in module.seen[:4]])
@@ -158,7 +158,7 @@ def test_a_batch_may_lose_all_its_responses(base: Pretrained, tmp_path: Path) ->
         data={"batch_size": 1},
         trainer={"accumulate_grad_batches": 2},
         rewards={"kind": kind, "tea": fails_on_tea},
-        on_reward_error="drop",
+        **DROPS,
     )
     kept = [len(rollout) for rollout, _ in module.seen]
     assert 0 in kept and 3 in kept
@@ -171,9 +171,7 @@ def test_a_batch_may_lose_all_its_responses(base: Pretrained, tmp_path: Path) ->
 
 def test_a_step_may_lose_all_its_responses(base: Pretrained, tmp_path: Path) -> None:
     rewards = {"kind": kind, "dead": fails_always}
-    _, found = gradients(
-        base, tmp_path, rewards=rewards, on_reward_error="drop", statistics_prompts=0
-    )
+    _, found = gradients(base, tmp_path, rewards=rewards, statistics_prompts=0, **DROPS)
     assert len(found) == 8
     assert all(g is None or not g.any() for step in found for g in step)
 
