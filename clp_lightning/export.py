@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
@@ -13,17 +13,17 @@ from typing import Any, Literal
 import torch
 import yaml
 from huggingface_hub import ModelCardData
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .conditioning import LoRA, PromptText
-from .conditioning.adapter import save_adapter
+from .conditioning.adapter import read_adapter, save_adapter, stack
 from .functional import parse_weights
 from .policy import Policy
 from .pretrained import locate
 from .sources import find_model, gguf_file
 from .steerable import SteerablePolicy, base_licence, hub_name
+from .tuned import untie
 from .types import Preference
 
 __all__ = ["export", "export_adapter", "export_model"]
@@ -119,7 +119,7 @@ def export_model(steerable: SteerablePolicy, preference: Preference, folder: Pat
     text = _prompt_text(policy, preference)
     source = locate(policy.pretrained)
     state = policy.conditioner.fold(preference)
-    changes = {"architectures": [type(policy.model).__name__]} | _untie(policy.model, state)
+    changes = {"architectures": [type(policy.model).__name__]} | untie(policy.model, state)
     with torch.device("meta"):
         plain = type(policy.model)(policy.model.config)
     plain.load_state_dict(state, assign=True)
@@ -149,7 +149,8 @@ def export_model(steerable: SteerablePolicy, preference: Preference, folder: Pat
 def export_adapter(steerable: SteerablePolicy, preference: Preference, folder: Path) -> list[str]:
     """Writes one LoRA that does, beside the base, what the policy does at one preference.
 
-    All adapters stacked in the rank dimension, coefficients inside: exact, of rank sum r.
+    All adapters stacked in the rank dimension, coefficients inside, the one that the base was
+    tuned with before too: exact, of rank sum r.
 
     Args:
         steerable: A policy trained with LoRA.
@@ -160,7 +161,7 @@ def export_adapter(steerable: SteerablePolicy, preference: Preference, folder: P
         What the files cannot say about how to use it; it stands on the card too.
 
     Raises:
-        ValueError: the policy is no LoRA.
+        ValueError: the policy is no LoRA, or its base was tuned with something else.
     """
     _check_new(folder)
     policy = steerable.policy
@@ -168,15 +169,18 @@ def export_adapter(steerable: SteerablePolicy, preference: Preference, folder: P
         raise ValueError(
             f"A {type(policy.conditioner).__name__} policy is no adapter; use --format hf."
         )
+    layers = policy.conditioner.concatenated(preference)
+    if policy.pretrained.adapter is not None:  # the files name the base as it was before
+        layers = stack(read_adapter(policy.pretrained.adapter), layers)
     save_adapter(
         folder,
-        policy.conditioner.concatenated(preference),
+        layers,
         base_name=policy.pretrained.name,
         revision=policy.pretrained.revision,
         is_encoder_decoder=policy.model.config.is_encoder_decoder,
     )
     notes = _how_to_ask(policy)
-    if _on_tied_output(policy):
+    if _on_tied_output(policy.model, layers):
         notes.append(_DO_NOT_MERGE)
     _write_card(steerable, preference, folder, "peft", notes)
     return notes
@@ -221,29 +225,6 @@ def _check_new(folder: Path) -> None:
         raise ValueError(f"{folder} is not empty; give a new folder, so that nothing old stays.")
 
 
-def _untie(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Any]:
-    """What to change in the configuration where tied tensors came apart.
-
-    Those that did not are made one tensor again.
-    """
-    apart = False
-    for target, source in dict(model.all_tied_weights_keys).items():
-        if torch.equal(state[target], state[source]):
-            state[target] = state[source]
-        else:
-            apart = True
-    if not apart:
-        return {}
-    changes: dict[str, Any] = {"tie_word_embeddings": False}
-    # T5 scales what its output layer reads only where that is the embedding table.
-    if getattr(model.config, "scale_decoder_outputs", False):
-        output = model.get_output_embeddings()
-        (head,) = [f"{name}.weight" for name, m in model.named_modules() if m is output]
-        state[head] = state[head] * model.config.d_model**-0.5
-        changes["scale_decoder_outputs"] = False
-    return changes
-
-
 def _matches(name: str, patterns: list[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
@@ -262,11 +243,11 @@ def _prompt_text(policy: Policy, preference: Preference) -> str | None:
     return conditioner.text(preference.weights[0].tolist(), float(preference.alpha[0]))
 
 
-def _on_tied_output(policy: Policy) -> bool:
-    """Whether a LoRA is on an output layer that is the embedding table."""
-    output = policy.model.get_output_embeddings()
-    base = getattr(output, "base_layer", None)
-    return base is not None and base.weight is policy.model.get_input_embeddings().weight
+def _on_tied_output(model: PreTrainedModel, layers: Collection[str]) -> bool:
+    """Whether a LoRA is on an output layer that in the base is the embedding table."""
+    output = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is output]
+    return any(n in layers and f"{n}.weight" in model.all_tied_weights_keys for n in names)
 
 
 def _write_into_template(folder: Path, text: str) -> None:

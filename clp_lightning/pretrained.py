@@ -7,10 +7,7 @@ nothing is loaded before it is asked for.
 from __future__ import annotations
 
 import hashlib
-import json
-import mmap
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +25,14 @@ from transformers import (
 )
 
 from .sources import (
-    cache_folder,
     convert_gguf,
     find_model,
     gguf_file,
     require_gguf_readers,
     weight_files,
+    weights_digest,
 )
+from .tuned import adapter_digest, find_adapter, merge_adapter
 
 __all__ = [
     "Pretrained",
@@ -63,6 +61,8 @@ class Pretrained:
         quantization_config: Quantisation on loading, as Transformers writes it:
             ``{quant_method: bitsandbytes, load_in_4bit: true}``.
         trust_remote_code: Run Python code that comes with the model. Read it first.
+        adapter: A LoRA that the model was tuned with, as PEFT saves it: a folder or a name on the
+            hub. It is merged on loading, so the reference is the tuned model.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Pretrained:
     attn_implementation: str | None = None
     quantization_config: dict[str, Any] | None = None
     trust_remote_code: bool = False
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, (str, os.PathLike)):
@@ -88,6 +89,13 @@ class Pretrained:
                 f"dtype '{self.dtype}' of '{self.name}' is not a floating-point type of torch: "
                 "use float32, bfloat16, float16 or float64."
             )
+        if self.adapter is not None:
+            self.adapter = os.fspath(self.adapter)
+            if self.quantization_config is not None:
+                raise ValueError(
+                    f"The adapter '{self.adapter}' cannot be merged exactly into a quantised base. "
+                    "Merge it first (PEFT's merge_and_unload), or leave quantization_config out."
+                )
 
 
 def as_pretrained(spec: str | Path | Mapping[str, Any] | Pretrained) -> Pretrained:
@@ -116,6 +124,8 @@ def check_available(spec: str | Mapping[str, Any] | Pretrained) -> None:
     folder = find_model(spec.name, spec.revision, weights=False)
     if gguf_file(folder) is not None:
         require_gguf_readers()
+    if spec.adapter is not None:
+        find_adapter(spec.adapter)
 
 
 def locate(spec: str | Mapping[str, Any] | Pretrained) -> Path:
@@ -154,10 +164,13 @@ def load_model(
             rest.
 
     Raises:
-        ValueError: the files lack some of the model's weights, which would be random.
+        ValueError: the files lack some of the model's weights, which would be random, or the
+            adapter belongs to another base.
         FileNotFoundError, ModuleNotFoundError: as ``check_available``.
     """
     spec = as_pretrained(spec)
+    if spec.adapter is not None:
+        find_adapter(spec.adapter)  # an early error: the weights may be large
     config = load_config(spec)
     if auto_class is None:
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -177,7 +190,7 @@ def load_model(
             f"{' …' if len(missing) > 5 else ''} of {type(model).__name__}, which would be "
             "random. Use a model that was saved with this head."
         )
-    return model
+    return model if spec.adapter is None else merge_adapter(model, spec.adapter)
 
 
 def load_tokenizer(spec: str | Mapping[str, Any] | Pretrained) -> PreTrainedTokenizerBase:
@@ -225,8 +238,8 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 def fingerprint(spec: str | Mapping[str, Any] | Pretrained) -> str:
     """Sha256 over name, shape, dtype and bytes of the tensors, as stored in the model's files.
 
-    Independent of the folder's name, of sharding and of the dtype asked for. The files are
-    mapped, not read into memory; the result is remembered by their paths, sizes and times.
+    Independent of the folder's name, of sharding and of the dtype asked for; with an adapter, its
+    tensors and settings count too.
 
     Returns:
         64 hexadecimal digits.
@@ -234,22 +247,11 @@ def fingerprint(spec: str | Mapping[str, Any] | Pretrained) -> str:
     Raises:
         FileNotFoundError, ModuleNotFoundError: as ``check_available``.
     """
-    files = weight_files(locate(spec))
-    stats = [(str(file.resolve()), file.stat()) for file in files]
-    key = json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
-    entry = cache_folder() / "fingerprints" / hashlib.sha256(key.encode()).hexdigest()
-    try:
-        return entry.read_text()
-    except OSError:
-        digest = _hash_tensors(files)
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=entry.parent, delete=False) as scratch:
-            scratch.write(digest)
-        os.replace(scratch.name, entry)
-    except OSError:
-        pass  # a read-only cache costs seconds, not the run
-    return digest
+    spec = as_pretrained(spec)
+    mark = weights_digest(weight_files(locate(spec)))
+    if spec.adapter is None:
+        return mark
+    return hashlib.sha256((mark + adapter_digest(spec.adapter)).encode()).hexdigest()
 
 
 def _zero_dropout(config: PreTrainedConfig) -> None:
@@ -272,31 +274,3 @@ def _locate(spec: Pretrained, *, weights: bool) -> Path:
     folder = find_model(spec.name, spec.revision, weights=weights)
     gguf = gguf_file(folder)
     return folder if gguf is None else convert_gguf(gguf)
-
-
-def _hash_tensors(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for name, (dtype, shape, data) in sorted(_stored_tensors(files).items()):
-        digest.update(json.dumps([name, dtype, shape]).encode())
-        digest.update(data)
-    return digest.hexdigest()
-
-
-def _stored_tensors(files: list[Path]) -> dict[str, tuple[str, list[int], memoryview]]:
-    """Name -> (dtype, shape, raw bytes) over all files, by the published safetensors layout.
-
-    Eight bytes with the header's length (little endian), the header as JSON, the data. Raw,
-    because bytes of every dtype are hashed alike.
-    """
-    tensors: dict[str, tuple[str, list[int], memoryview]] = {}
-    for file in files:
-        with file.open("rb") as stream:
-            view = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
-        start = 8 + int.from_bytes(view[:8], "little")
-        header = json.loads(bytes(view[8:start]))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                data = view[start + begin : start + end]
-                tensors[name] = (entry["dtype"], entry["shape"], data)
-    return tensors

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import mmap
 import os
 import tempfile
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = [
     "gguf_file",
     "require_gguf_readers",
     "weight_files",
+    "weights_digest",
 ]
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
@@ -168,3 +170,54 @@ def convert_gguf(gguf: Path) -> Path:
             if not target.is_dir():  # else another process was faster
                 raise
     return target
+
+
+def weights_digest(files: list[Path]) -> str:
+    """Sha256 over name, shape, dtype and bytes of all tensors in safetensors files.
+
+    The files are mapped, not read into memory; the result is remembered by their paths, sizes
+    and times.
+    """
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    key = json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+    entry = cache_folder() / "fingerprints" / hashlib.sha256(key.encode()).hexdigest()
+    try:
+        return entry.read_text()
+    except OSError:
+        digest = _hash_tensors(files)
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=entry.parent, delete=False) as scratch:
+            scratch.write(digest)
+        os.replace(scratch.name, entry)
+    except OSError:
+        pass  # a read-only cache costs seconds, not the run
+    return digest
+
+
+def _hash_tensors(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for name, (dtype, shape, data) in sorted(_stored_tensors(files).items()):
+        digest.update(json.dumps([name, dtype, shape]).encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _stored_tensors(files: list[Path]) -> dict[str, tuple[str, list[int], memoryview]]:
+    """Name -> (dtype, shape, raw bytes) over all files, by the published safetensors layout.
+
+    Eight bytes with the header's length (little endian), the header as JSON, the data. Raw,
+    because bytes of every dtype are hashed alike.
+    """
+    tensors: dict[str, tuple[str, list[int], memoryview]] = {}
+    for file in files:
+        with file.open("rb") as stream:
+            view = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+        start = 8 + int.from_bytes(view[:8], "little")
+        header = json.loads(bytes(view[8:start]))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                data = view[start + begin : start + end]
+                tensors[name] = (entry["dtype"], entry["shape"], data)
+    return tensors

@@ -202,10 +202,12 @@ class PolicyModule(Described, LightningModule):
     # -- checkpoints -----------------------------------------------------------------------
 
     def base_identity(self) -> dict[str, Any]:
-        """Name, revision and fingerprint of the base; computed on rank 0 and cached."""
+        """Name, revision and fingerprint of the base, its adapter if any; found once, on rank 0."""
         if self._base is None:
             spec = self.policy.pretrained
             found = {"name": spec.name, "revision": spec.revision}
+            if spec.adapter is not None:
+                found["adapter"] = spec.adapter
             mark = fingerprint(spec) if self.global_rank == 0 else None
             if self._trainer is not None and self.trainer.world_size > 1:
                 mark = self.trainer.strategy.broadcast(mark, src=0)

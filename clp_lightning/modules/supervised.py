@@ -18,6 +18,7 @@ from ..policy import Encoding, Policy
 from ..policy.encoding import pad
 from ..pretrained import Pretrained, load_model
 from ..rewards import completion_text
+from ..tuned import untie
 from ..types import Preference, PromptBatch, Rollout
 from .base import LRDecay, PolicyModule
 from .folder import replace_folder
@@ -124,7 +125,9 @@ class SupervisedModule(PolicyModule):
     def save(self, folder: str | Path) -> None:
         """Writes the trained model, adapters merged, with its tokenizer; replaces ``folder``."""
         plain = load_model(self.policy.pretrained)
-        plain.load_state_dict(self.policy.conditioner.fold(_unconditional(1)))
+        state = self.policy.conditioner.fold(_unconditional(1))
+        plain.config.update(untie(plain, state))
+        plain.load_state_dict(state)
         replace_folder(folder, plain, self.policy.tokenizer)
 
     _nominal = 1.0

@@ -31,7 +31,7 @@ policy = SteerablePolicy.from_pretrained("{place}")
 rollout = policy.generate(["..."], weights={weights}, alpha={alpha})
 print(rollout.completions[0])
 ```
-{elsewhere}{adapters}
+{elsewhere}{tuned}{adapters}
 ## The dial
 
 {trained}
@@ -68,6 +68,7 @@ def model_card(trained: Trained, adapters: list[str], version: str, place: str) 
         weights=json.dumps(_about_equal(names)),
         alpha=trained.front["points"][0]["alpha"] if trained.front else low or 0.1,
         elsewhere="" if not local else _ELSEWHERE.format(base=base.name),
+        tuned="" if base.adapter is None else _TUNED.format(adapter=base.adapter),
         adapters=""
         if not adapters
         else _ADAPTERS.format(adapters=_quoted(adapters), place=place, first=adapters[0]),
@@ -87,6 +88,9 @@ checked.
 _ADAPTERS = """
 Each of {adapters} is also a plain PEFT adapter, of that reward alone (`shared` belongs to all):
 `PeftModel.from_pretrained(base, "{place}", subfolder="{first}")`.
+"""
+_TUNED = """
+The base is used with the adapter `{adapter}` merged into it, which is the reference.
 """
 
 
