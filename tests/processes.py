@@ -6,7 +6,10 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -61,24 +64,45 @@ def in_child(function: Callable[..., Any], *args: Any, timeout: float = 120) -> 
 
 def on_two_processes(args: list[str], timeout: float = 120) -> None:
     """The command line on two CPU processes, as ``torchrun`` starts it."""
+    assert statuses_of_two(main, args, timeout) == [0, 0]
+
+
+def statuses_of_two(
+    command: Callable[[list[str]], Any], args: list[str], timeout: float, folder: Path | None = None
+) -> list[int | None]:
+    """How ``command(args)`` ends on two CPU processes; None if it has not by ``timeout`` seconds.
+
+    What they print goes to ``folder``, one file for each, if there is one.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    more = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    args = [*args, "--trainer.devices=2", "--trainer.strategy=ddp"]
     context = multiprocessing.get_context("fork")
-    children = [context.Process(target=_rank, args=(rank, port, args + more)) for rank in range(2)]
+    children = [
+        context.Process(target=_rank, args=(rank, port, command, args, folder)) for rank in range(2)
+    ]
     for child in children:
         child.start()
     try:
+        end = time.monotonic() + timeout
         for child in children:
-            child.join(timeout)
-        assert [child.exitcode for child in children] == [0, 0]
+            child.join(max(0.0, end - time.monotonic()))
+        return [child.exitcode for child in children]
     finally:
         for child in children:
             child.kill()
 
 
-def _rank(rank: int, port: int, args: list[str]) -> None:
+def _rank(
+    rank: int,
+    port: int,
+    command: Callable[[list[str]], Any],
+    args: list[str],
+    folder: Path | None,
+) -> None:
+    if folder is not None:
+        sys.stdout = sys.stderr = open(folder / f"output-{rank}", "w", buffering=1)  # noqa: SIM115
     os.environ |= {
         "TORCHELASTIC_RUN_ID": "test",
         "MASTER_ADDR": "127.0.0.1",
@@ -89,4 +113,4 @@ def _rank(rank: int, port: int, args: list[str]) -> None:
         "LOCAL_RANK": str(rank),
         "GROUP_RANK": "0",
     }
-    main(args)
+    command(args)

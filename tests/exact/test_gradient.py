@@ -103,7 +103,7 @@ class WithoutOwnKL(CLPModule):
 
 
 class Projections(Callback):
-    """What every optimizer step sees of V's gradient, along each direction."""
+    """What every optimizer step with a response sees of V's gradient, along each direction."""
 
     def __init__(self, directions: Tensor) -> None:
         self.directions = directions
@@ -114,6 +114,8 @@ class Projections(Callback):
         if trainer.fit_loop._should_accumulate():
             return
         assert isinstance(pl_module, CLPModule)
+        if all(p.grad is None for p in pl_module.policy.trained_parameters().values()):
+            return  # every response was dropped
         self.seen.append(-self.directions @ flat(gradients(pl_module)))
 
 
@@ -170,14 +172,16 @@ def perturb(
 
 
 def compare(
-    kind: type[CLPModule],
+    kind: Callable[..., CLPModule],
     task: ExactTask,
     folder: Path,
     root: Path,
     passes: int,
     conditioner: Conditioner | None = None,
+    counted: tuple[float, float] = (1.0, 1.0),
     **options: Any,
 ) -> Comparison:
+    """``counted``: what of each reward's part in the gradient is expected."""
     rewards = {name: ExactReward(task, i) for i, name in enumerate(WEIGHTS)}
     module = kind(
         str(folder),
@@ -196,7 +200,8 @@ def compare(
     preference = Preference.single(list(WEIGHTS.values()), ALPHA)
     perturb(module, task, preference, draw)
 
-    parts = list(exact_gradient(module.policy, task, preference).values())
+    expected = task.rewards * torch.tensor(counted)
+    parts = list(exact_gradient(module.policy, task, preference, expected).values())
     exact = flat(parts)
     # Some are the exact one with whole tensors turned round: a tensor that is wrong stands out.
     signs = torch.randint(2, (TURNED, len(parts)), generator=draw) * 2.0 - 1
@@ -221,12 +226,12 @@ def compare(
     batch_size = COPIES * task.num_contexts // 2
     trainer.fit(module, ExactDataModule(task, str(folder), COPIES, batch_size, seed=0))
     seen = torch.stack(projections.seen)
-    assert len(seen) == passes
+    assert len(seen) == passes or module.rewards.dropped
     length = exact.norm()
     return Comparison(
         length.item(),
         (seen.mean(0) - directions @ exact) / length,
-        seen.std(0) / passes**0.5 / length,
+        seen.std(0) / len(seen) ** 0.5 / length,
     )
 
 
