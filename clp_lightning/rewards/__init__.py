@@ -2,7 +2,9 @@
 
 from .bank import RewardBank, Scores
 from .base import Completion, Function, Reward, RewardError, completion_text
+from .endpoint import Endpoint, NoAnswer
 from .heads import ClassifierHead, Head, Support
+from .judge import Judge
 from .nli import NLIClassifier, NLITextToText
 from .rules import Brevity, Pattern, Plain, Rouge
 
@@ -10,10 +12,13 @@ __all__ = [
     "Brevity",
     "ClassifierHead",
     "Completion",
+    "Endpoint",
     "Function",
     "Head",
+    "Judge",
     "NLIClassifier",
     "NLITextToText",
+    "NoAnswer",
     "Pattern",
     "Plain",
     "Reward",

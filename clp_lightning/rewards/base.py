@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Reward(Described, ABC):
     @abstractmethod
     def __call__(
         self, prompts: list[Prompt], completions: list[Any], **columns: Any
-    ) -> list[float | None] | Awaitable[list[float | None]]:
+    ) -> Sequence[float | Exception | None] | Awaitable[Sequence[float | Exception | None]]:
         """One score per completion.
 
         Args:
@@ -45,7 +45,8 @@ class Reward(Described, ABC):
                 ``log_extra(column, values)`` and ``log_metric(name, value)``.
 
         Returns:
-            B numbers; None where it does not apply. A coroutine is awaited.
+            A list of B numbers; None where it does not apply, an exception where it failed on that
+            completion alone. A coroutine is awaited.
         """
 
     def check(self) -> None:
