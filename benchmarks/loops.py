@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import statistics
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from lightning.pytorch import Callback, Trainer
 from speed import Machine, Size, prompt_rows, rewards
 
@@ -26,10 +26,12 @@ CLIP = 1.0  # TRL's default
 class Loop:
     """Somebody's own training loop, run one optimizer step at a time.
 
-    The loop runs in a thread and waits behind every step, so that several trainers take turns in
-    one process. All of a step counts, from the end of one to the end of the next: the trainer's
-    data loading, logging and bookkeeping too. Phases exclude what is called inside them, so that
-    they sum to the step; what belongs to none is ``other``.
+    The loop is a coroutine that waits behind every step, so that several trainers take turns in
+    one process and one thread. (Threads would each have a team of OpenMP workers, and with more
+    workers than processors none stays awake for the next product.) All of a step counts, from the
+    end of one to the end of the next: the trainer's data loading, logging and bookkeeping too.
+    Phases exclude what is called inside them, so that they sum to the step; what belongs to none is
+    ``other``.
 
     Args:
         name: For tables.
@@ -48,42 +50,29 @@ class Loop:
         self.tokens: dict[str, int] = {}
         self.kept: list[Any] = []
         self._stack, self._since = ["other"], 0.0
-        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(fit,), daemon=True)
-        self._thread.start()
-
-    def _run(self, fit: Callable[[Loop], None]) -> None:
-        self._go.acquire()
-        try:
-            fit(self)
-        except BaseException as error:
-            self._error = error
-        self._done.release()
+        self._here = greenlet(fit)
 
     def step(self) -> float:
         """Runs the loop to the end of its next step; returns the seconds."""
         self.phases.clear()
         self.tokens.clear()
         start = self._since = self.machine.now()
-        self._go.release()
-        self._done.acquire()
-        if self._error is not None:
-            raise self._error
+        self._enter()
         self._switch()
         return self._since - start
 
     def close(self) -> None:
         """Lets the loop, which has done its last step, come to its end."""
-        self._go.release()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
+        self._enter()
+
+    def _enter(self) -> None:
+        # An error of the loop comes out here.
+        self._here.parent = getcurrent()
+        self._here.switch(*([] if self._here else [self]))
 
     def turn(self) -> None:
         """The end of a step: the others' turn."""
-        self._done.release()
-        self._go.acquire()
+        self._here.parent.switch()
 
     def time(self, owner: Any, method: str, phase: str | Callable[[], str]) -> None:
         """Counts ``owner.method`` as ``phase``."""

@@ -23,6 +23,7 @@ from ..described import Described, check_choice, describe, import_path
 from ..policy import Policy
 from ..pretrained import fingerprint
 from .checkpoint import NameDamagedCheckpoint, warn_of_other_rewards
+from .optimizers import fuse_on_cpu
 from .precision import exact_tensors_kept
 from .schedule import LRDecay, schedule
 
@@ -158,7 +159,7 @@ class PolicyModule(Described, LightningModule):
                 "rest='train', or LoRA's shared_rank above 0."
             )
         groups += self.further_groups()
-        optimizer = self.optimizer(groups)
+        optimizer = fuse_on_cpu(self.optimizer(groups))
         schedulers: list[LRScheduler] = []
         if self.warmup_steps or self.lr_decay != "none":
             steps = self.trainer.estimated_stepping_batches
