@@ -18,10 +18,13 @@ from ..types import Preference, Prompt, Rollout
 from .encoding import Encoding, pad
 from .linear import speed_up_linears
 from .prefix import read_prompt
-from .scoring import Readout, first_of_group, score_full, score_shared
+from .readout import InPieces, OfLogits, Readout, can_be_cut
+from .scoring import first_of_group, score_full, score_shared
 
 __all__ = ["Policy"]
 
+# Logits of a scoring pass; more are computed a piece at a time, of so many.
+_MANY_LOGITS, _PIECE = 2**26, 2**23
 # Multiplications that sharing prompts must save, or the second pass costs more than it saves.
 _WORTH_SHARING = 1e9
 
@@ -62,6 +65,7 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.gradient_checkpointing = gradient_checkpointing
         self.share_prompts: bool | None = None
+        self._can_be_cut: bool | None = None  # asked once
         self._answering_for: Preference | Literal["reference"] | None = None
 
     @property
@@ -214,7 +218,7 @@ class Policy(nn.Module):
             ids, mask = rollout.reference_input_ids, rollout.reference_prompt_mask
         return ids, mask, groups
 
-    def _score(self, rollout: Rollout, readout: Readout) -> Tensor:
+    def _score(self, rollout: Rollout, of_logits: OfLogits) -> Tensor:
         ids, mask, groups = self._prompts_read(rollout)
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         share = self.share_prompts
@@ -222,6 +226,7 @@ class Policy(nn.Module):
             spared = len(groups) - int(groups.max()) - 1
             share = spared * ids.shape[1] * self.model.num_parameters() >= _WORTH_SHARING
         score = score_shared if share and not recomputes else score_full
+        readout = self._readout(rollout, of_logits)
         with self.eval_mode(unless=recomputes):
             return score(
                 self.model,
@@ -232,6 +237,23 @@ class Policy(nn.Module):
                 self.rows,
                 readout,
             )
+
+    def _readout(self, rollout: Rollout, of_logits: OfLogits) -> Readout:
+        ids = rollout.response_ids
+        a_position = len(ids) * self.model.config.get_text_config().vocab_size
+        if a_position * ids.shape[1] < _MANY_LOGITS:
+            return Readout(of_logits)
+        if self._can_be_cut is None:
+            self._can_be_cut = can_be_cut(self.model, lambda: self._first_logits(rollout))
+        if not self._can_be_cut:
+            return Readout(of_logits)
+        head: nn.Module = self.model.get_output_embeddings()
+        positions = max(1, _PIECE // a_position)
+        return InPieces(of_logits, head, positions, self.conditioner.checkpoint_context)
+
+    def _first_logits(self, rollout: Rollout) -> Tensor:
+        with self.reference(), self.eval_mode(), self.rows(rollout.groups[:1]):
+            return read_prompt(self.model, rollout.input_ids[:1], rollout.prompt_mask[:1]).logits
 
     @contextmanager
     def eval_mode(self, unless: bool = False) -> Iterator[None]:

@@ -11,13 +11,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from .prefix import accepted, extend, positions, read_prompt
+from .readout import Readout
 
-__all__ = ["Readout", "first_of_group", "score_full", "score_shared"]
+__all__ = ["first_of_group", "score_full", "score_shared"]
 
 Rows = Callable[[Tensor], AbstractContextManager[None]]
 """Opens the preference for a batch whose rows are those of the rollout at an index."""
-Readout = Callable[[Tensor, Tensor], Tensor]
-"""What is wanted of logits (B, t, V) and the tokens (B, t) that followed: shape (B, t, ...)."""
 
 
 def first_of_group(groups: Tensor) -> Tensor:
@@ -51,20 +50,21 @@ def score_shared(
         response_ids: Shape (B, T).
         groups: Which responses share prompt and preference, shape (B,).
         rows: Opens the preference of the rollout's rows at an index.
-        readout: Turns logits into what is wanted, for example log-probabilities.
+        readout: Reads off the logits what is wanted, for example log-probabilities.
 
     Returns:
         The readout of every position, shape (B, T, ...); those behind the end mean nothing.
     """
     first = first_of_group(groups)
-    with rows(first):
+    with rows(first), readout.model_runs():
         prefix = read_prompt(model, input_ids[first], prompt_mask[first]).select(groups)
-    head = readout(prefix.logits.unsqueeze(1), response_ids[:, :1])
-    if response_ids.shape[1] == 1:
-        return head
     with rows(torch.arange(len(groups), device=groups.device)):
-        logits = extend(model, prefix, response_ids[:, :-1])
-    return torch.cat([head, readout(logits, response_ids[:, 1:])], dim=1)
+        start = readout(prefix.logits.unsqueeze(1), response_ids[:, :1])
+        if response_ids.shape[1] == 1:
+            return start
+        with readout.model_runs():
+            logits = extend(model, prefix, response_ids[:, :-1])
+        return torch.cat([start, readout(logits, response_ids[:, 1:])], dim=1)
 
 
 def score_full(
@@ -91,21 +91,23 @@ def score_full(
             ).last_hidden_state
         start = response_ids.new_full((len(groups), 1), model.config.decoder_start_token_id)
         with rows(everyone):
-            out = model(
-                encoder_outputs=BaseModelOutput(last_hidden_state=encoded[groups]),
-                attention_mask=prompt_mask,
-                decoder_input_ids=torch.cat([start, response_ids[:, :-1]], dim=1),
-                use_cache=False,
-            )
-        return readout(out.logits, response_ids)
+            with readout.model_runs():
+                out = model(
+                    encoder_outputs=BaseModelOutput(last_hidden_state=encoded[groups]),
+                    attention_mask=prompt_mask,
+                    decoder_input_ids=torch.cat([start, response_ids[:, :-1]], dim=1),
+                    use_cache=False,
+                )
+            return readout(out.logits, response_ids)
     ids = torch.cat([input_ids, response_ids[:, :-1]], dim=1)
     seen = torch.ones_like(response_ids[:, :-1], dtype=torch.bool)
     mask = torch.cat([prompt_mask, seen], dim=1)
     with rows(everyone):
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            use_cache=False,
-            **accepted(model, position_ids=positions(mask), logits_to_keep=length),
-        )
-    return readout(out.logits[:, -length:], response_ids)
+        with readout.model_runs():
+            out = model(
+                input_ids=ids,
+                attention_mask=mask,
+                use_cache=False,
+                **accepted(model, position_ids=positions(mask), logits_to_keep=length),
+            )
+        return readout(out.logits[:, -length:], response_ids)

@@ -19,6 +19,8 @@ from clp_lightning import (
     SteerablePolicy,
 )
 from clp_lightning.conditioning import Conditioner
+from clp_lightning.functional.logprobs import token_logprobs
+from clp_lightning.policy.readout import Readout
 from clp_lightning.policy.scoring import score_full
 from tests.helpers import NAMES
 from tests.steerables import WEIGHTS, make_steerable
@@ -81,7 +83,7 @@ def _smallest_lead(steerable: SteerablePolicy, rollout: object) -> float:
             rollout.response_ids,  # type: ignore[attr-defined]
             torch.zeros(1, dtype=torch.long),
             policy.rows,
-            1.0,
+            Readout(token_logprobs),
         )
     hook.remove()
     return min(leads)

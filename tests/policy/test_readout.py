@@ -1,0 +1,100 @@
+"""An output layer that reads a few positions at a time: the same values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from clp_lightning import LoRA, Mixture, Policy, PromptText, Sampling, TransformersEngine
+from clp_lightning.conditioning import Conditioner
+from clp_lightning.policy import policy as policy_module
+from tests.helpers import build_policy, prompt_batch
+from tests.tiny import KINDS, tiny_model, tiny_tokenizer
+
+PROMPTS = ["ab", "hello", "a prompt past the window"]
+CONDITIONERS: dict[str, Callable[[], Conditioner]] = {
+    "lora": lambda: LoRA(rank=2, shared_rank=2),
+    "full": lambda: Mixture("full"),
+    "full by row": lambda: Mixture("full", mixing="row"),
+    "logits by row": lambda: Mixture("logits", mixing="row"),
+    "prompt": PromptText,
+}
+
+
+def read(policy: Policy, one_preference: bool, sizes: list[int]) -> list[Tensor]:
+    """Log-probabilities, the reference's, and all gradients."""
+    batch = prompt_batch(PROMPTS)
+    if one_preference:
+        assert batch.preference is not None
+        batch.preference = batch.preference[torch.zeros(len(batch), dtype=torch.long)]
+    rollout = TransformersEngine().generate(policy, batch, 2, Sampling(7))
+    head = policy.model.get_output_embeddings()
+    vocabulary = policy.model.config.vocab_size
+
+    def see(module: object, states: object, out: Tensor) -> None:
+        if out.shape[-1] == vocabulary:  # and not the states that it passes on
+            sizes.append(out.shape[1])
+
+    hook = head.register_forward_hook(see)
+    policy.zero_grad()
+    with policy.conditioned(rollout.preference):
+        own = policy.logprobs(rollout)
+    with policy.reference():
+        reference = policy.logprobs(rollout)
+    hook.remove()
+    (own * rollout.response_mask).sum().backward()
+    grads = [p.grad for p in policy.trained_parameters().values() if p.grad is not None]
+    return [own.detach()[rollout.response_mask], reference[rollout.response_mask], *grads]
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "conditioner", "checkpointing"),
+    [
+        *((kind, "lora", False) for kind in KINDS),
+        *((kind, name, True) for kind in ("llama", "t5") for name in ("lora", "full")),
+        *(("llama", name, False) for name in CONDITIONERS),
+    ],
+)
+def test_pieces_change_nothing(
+    tiny_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    conditioner: str,
+    checkpointing: bool,
+    share: bool,
+) -> None:
+    found: list[list[Tensor]] = []
+    for many in (2**26, 0):
+        monkeypatch.setattr(policy_module, "_MANY_LOGITS", many)
+        monkeypatch.setattr(policy_module, "_PIECE", 6 * 2 * tiny_model(kind).config.vocab_size)
+        policy = build_policy(
+            tiny_folder(kind),
+            CONDITIONERS[conditioner](),
+            perturb=0.05,
+            gradient_checkpointing=checkpointing,
+        )
+        policy.share_prompts = share
+        sizes: list[int] = []
+        found.append(read(policy, conditioner == "full", sizes))
+        # The prompt's end and what follows, or the whole response; once for each of the two.
+        assert (max(sizes) <= 2) == (many == 0)
+    for pieces, whole in zip(*found, strict=True):
+        torch.testing.assert_close(pieces, whole, atol=5e-5, rtol=1e-4)
+
+
+def test_a_model_that_goes_on_behind_its_output_layer_is_not_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_module, "_MANY_LOGITS", 0)
+    for cap, cut in ((None, True), (5.0, False)):
+        folder = tmp_path / str(cap)
+        tiny_model("gemma3", final_logit_softcapping=cap).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        policy = build_policy(folder)
+        read(policy, False, [])
+        assert policy._can_be_cut is cut
