@@ -1,6 +1,8 @@
 """Prompts, in batches whose order and position survive a resume."""
 
 from .collate import RESERVED, PromptFormat, check_columns, collate
+from .corpus import Corpus
+from .corrupted import CorruptedSummaries
 from .docstrings import Docstrings
 from .pairs import DocstringPairs
 from .preferences import RewardDataModule
@@ -10,6 +12,8 @@ from .sampler import BatchKey, PromptLoader, PromptSampler
 __all__ = [
     "RESERVED",
     "BatchKey",
+    "Corpus",
+    "CorruptedSummaries",
     "DocstringPairs",
     "Docstrings",
     "PromptDataModule",

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..described import Described
+from .corpus import Corpus
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,7 +36,7 @@ _NOT_PROSE = re.compile(r"\s|>>>|\.\. |[-*+|#@:] ?|\d+[.)] |[-=~^]{3,}", re.ASCI
 _HEADING = re.compile(r"[\w /-]{1,40}:\s*(\n|$)")
 
 
-class Docstrings(Described):
+class Docstrings(Corpus):
     """Pairs of a ``document`` and its ``summary`` from docstrings.
 
     Args:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..types import Prompt, PromptBatch
 from .collate import PromptFormat
-from .prompts import PromptDataModule
+from .prompts import PromptDataModule, PromptDataset
 from .sampler import BatchKey
 
 if TYPE_CHECKING:
@@ -64,8 +64,16 @@ class RewardDataModule(PromptDataModule):
 
     def every_batch(self) -> Iterator[PromptBatch]:
         """All rows for training and evaluation once, to be checked; known after ``setup``."""
-        for data in (self._ready(), self._eval):
-            assert data is not None
-            for start in range(0, len(data), _ROWS_AT_ONCE):
-                rows = tuple(range(start, min(start + _ROWS_AT_ONCE, len(data))))
-                yield data[BatchKey(rows, 0, 0, 1, len(rows))]
+        yield from _batches(self._ready())
+        yield from self.eval_batches()
+
+    def eval_batches(self) -> Iterator[PromptBatch]:
+        """All rows for evaluation once, on every process; known after ``setup``."""
+        assert self._eval is not None
+        return _batches(self._eval)
+
+
+def _batches(data: PromptDataset) -> Iterator[PromptBatch]:
+    for start in range(0, len(data), _ROWS_AT_ONCE):
+        rows = tuple(range(start, min(start + _ROWS_AT_ONCE, len(data))))
+        yield data[BatchKey(rows, 0, 0, 1, len(rows))]

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from .. import keyed
 from ..types import PromptBatch
 from .collate import PromptFormat, collate
-from .docstrings import Docstrings
+from .corpus import Corpus
 from .sampler import BatchKey, PromptLoader, PromptSampler, deal, row_order
 from .sources import Source, as_source, has_splits, load_rows
 
@@ -51,17 +51,17 @@ class PromptDataModule(LightningDataModule):
     rewards, one value per response.
 
     Args:
-        source: A folder, a .jsonl, .json, .csv or .parquet file, a data set's name on the hub,
-            a ``datasets.Dataset``, a pandas DataFrame, or ``docstrings``, the corpus that needs no
-            download.
+        source: A folder, a .jsonl, .json, .csv or .parquet file, a data set's name on the hub
+            (``NAME@REVISION`` for a branch, tag or commit), a ``datasets.Dataset``, a pandas
+            DataFrame, or ``docstrings``, the corpus that needs no download.
         source_config: Configuration of a hub data set.
         split: Split of the source to train on.
         eval_source: Where the prompts of validate, test and predict come from, if not from rows
             held out of ``source``.
         eval_split: Split to evaluate on, of ``eval_source`` or of ``source``.
         holdout: Rows (or share of rows, below 1) kept out of training for evaluation. The same
-            rows for every ``seed``. Default: a twentieth, or none where ``eval_source`` or
-            ``eval_split`` is given.
+            rows for every ``seed``. Documents, where a corpus makes several rows of each. Default:
+            a twentieth, or none where ``eval_source`` or ``eval_split`` is given.
         eval_prompts: Evaluate on this many of them only.
         columns: Our name to the name in the data, for each column to rename. A column that is
             named here appears under its new names only; it may be given several.
@@ -82,10 +82,10 @@ class PromptDataModule(LightningDataModule):
     def __init__(
         self,
         # Path last of what a config may name: jsonargparse writes as one whatever has a text.
-        source: str | Docstrings | Path | Dataset | pd.DataFrame = "docstrings",
+        source: str | Corpus | Path | Dataset | pd.DataFrame = "docstrings",
         source_config: str | None = None,
         split: str = "train",
-        eval_source: str | Docstrings | Path | Dataset | pd.DataFrame | None = None,
+        eval_source: str | Corpus | Path | Dataset | pd.DataFrame | None = None,
         eval_split: str | None = None,
         holdout: int | float | None = None,
         eval_prompts: int | None = None,
@@ -161,14 +161,17 @@ class PromptDataModule(LightningDataModule):
 
     def _load_all(self) -> None:
         train, *evaluation = [self._load(source, split) for source, split in self._sources()]
-        everything = torch.arange(len(train.rows))
         if evaluation:
             self._train, self._eval = train, evaluation[0]
         else:
-            held_out = self._num_held_out(len(everything))
-            order = _split_order(len(everything))
-            self._train = PromptDataset(train.rows, order[held_out:].sort().values, train.fmt)
-            self._eval = PromptDataset(train.rows, order[:held_out], train.fmt)
+            units = _units(train.rows, getattr(self.source, "split_by", None))
+            held_out = self._num_held_out(len(units))
+            order = _split_order(len(units)).tolist()
+            ids = [
+                torch.tensor([i for unit in part for i in units[unit]], dtype=torch.long)
+                for part in (sorted(order[held_out:]), order[:held_out])
+            ]
+            self._train, self._eval = (PromptDataset(train.rows, i, train.fmt) for i in ids)
         self._eval.prompt_ids = self._eval.prompt_ids[: self.eval_prompts]
 
     @property
@@ -200,7 +203,7 @@ class PromptDataModule(LightningDataModule):
         if len(rows) == 0:
             raise ValueError(f"The data set {_name(source)} (split '{split}') has no rows.")
         template = self.template
-        if template is None and isinstance(source, Docstrings):
+        if template is None and isinstance(source, Corpus):
             template = source.template
         fmt = self.format_class(
             rows.column_names, self.columns, template, self.system, self.conversational
@@ -315,10 +318,20 @@ class PromptDataModule(LightningDataModule):
         return {"rank": kwargs["rank"], "world_size": kwargs["num_replicas"]}
 
 
-def _split_order(num_rows: int) -> torch.Tensor:
+def _units(rows: Dataset, split_by: str | None) -> list[list[int]]:
+    """Rows that are held out together: those that agree in a column, or each for itself."""
+    if split_by is None:
+        return [[row] for row in range(len(rows))]
+    units: dict[Any, list[int]] = {}
+    for row, value in enumerate(rows[split_by]):
+        units.setdefault(value, []).append(row)
+    return list(units.values())
+
+
+def _split_order(num_units: int) -> torch.Tensor:
     # Not keyed by the seed: runs of other seeds, and the warm-up that made the reference, must
     # hold out the same rows.
-    return torch.randperm(num_rows, generator=keyed.generator(2**32))
+    return torch.randperm(num_units, generator=keyed.generator(2**32))
 
 
 def _name(source: Source) -> str:

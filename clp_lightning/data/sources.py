@@ -8,11 +8,12 @@ from typing import Any, TypeAlias
 import pandas as pd
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+from .corpus import Corpus
 from .docstrings import Docstrings
 
 __all__ = ["Source", "as_source", "has_splits", "load_rows"]
 
-Source: TypeAlias = str | Docstrings | Dataset
+Source: TypeAlias = str | Corpus | Dataset
 """Where rows come from, once it is known to be something that can be read."""
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -32,7 +33,7 @@ def as_source(name: str, source: Any) -> Source:
         return Dataset.from_pandas(source, preserve_index=False)
     if isinstance(source, Path):
         return str(source)
-    if isinstance(source, (str, Docstrings, Dataset)):
+    if isinstance(source, (str, Corpus, Dataset)):
         return Docstrings() if source == "docstrings" else source
     raise ValueError(
         f"{name} is a {type(source).__name__}; give a file, a folder, a data set's name, a "
@@ -56,7 +57,7 @@ def load_rows(source: Source, config: str | None, split: str) -> Dataset:
     Args:
         source: See :class:`PromptDataModule`.
         config: Configuration of a hub data set.
-        split: Split of a folder or hub data set; a file, a Dataset and the docstrings have none.
+        split: Split of a folder or hub data set; a file, a Dataset and a corpus have none.
 
     Raises:
         FileNotFoundError: for a file that does not exist.
@@ -65,7 +66,7 @@ def load_rows(source: Source, config: str | None, split: str) -> Dataset:
     """
     if isinstance(source, Dataset):
         return source
-    if isinstance(source, Docstrings):
+    if isinstance(source, Corpus):
         return source.load()
     path = Path(source).expanduser()
     builder = _builder(path)
@@ -94,8 +95,9 @@ def load_rows(source: Source, config: str | None, split: str) -> Dataset:
                 raise ValueError(f"'{source}' has no split '{split}', only {sorted(saved)}.")
             return saved[split]
         return saved
+    name, _, revision = (str(path), "", "") if path.is_dir() else source.partition("@")
     try:
-        return load_dataset(str(path) if path.is_dir() else source, config, split=split)
+        return load_dataset(name, config, split=split, revision=revision or None)
     except Exception as error:
         raise ValueError(
             f"Cannot load the data set '{source}' (config {config}, split '{split}'): it is no "

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
-from torchmetrics.classification import BinaryCalibrationError
+from torchmetrics.classification import BinaryAUROC, BinaryCalibrationError
 
 from ..keyed import resolve_seed
 from ..policy.classifier import Classifier
@@ -30,14 +30,19 @@ class RewardModule(PolicyModule):
 
     The loss is the mean over the rows of the whole batch, over all ranks and accumulated batches;
     every parameter is trained, without dropout. The folder, ``<trainer.log_dir>/reward``, is a
-    reward: ``ClassifierHead(folder)``. Validation logs the share of right decisions and the
-    expected calibration error of their probabilities (Guo et al. 2017, ten equal bins).
+    reward: ``ClassifierHead(folder)``. Validation logs the share of right decisions, the expected
+    calibration error of their probabilities (Guo et al. 2017, ten equal bins), and ``val/auc``: how
+    often a good text of any row has a higher score than a bad one of any row (chosen and rejected,
+    or the second and the first of two classes).
 
     Args:
         pretrained: The trunk, a language model, an encoder or a classifier: a hub name, a folder
             or an installed package. A head for other outputs than the supervision's is replaced.
         supervision: What is learned; ``PreferencePairs()`` if None.
         max_length: Longer texts lose their beginning; how many is logged.
+        cross_encoder: Prompt and answer are two texts to the model, and the prompt alone is cut,
+            at its end. The reward is then ``CrossEncoderHead(folder)``.
+        auc_by: A column; ``val/auc/<value>`` is logged for the rows of each of its values.
         lr: Learning rate.
         weight_decay: Weight decay.
         warmup_steps: Optimizer steps over which the learning rate rises.
@@ -54,6 +59,8 @@ class RewardModule(PolicyModule):
         pretrained: str | Pretrained,
         supervision: Supervision | None = None,
         max_length: int = 512,
+        cross_encoder: bool = False,
+        auc_by: str | None = None,
         lr: float = 2e-5,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
@@ -71,6 +78,10 @@ class RewardModule(PolicyModule):
         self._tallies = {"train": Tally(), "val": Tally()}
         self.accuracy = MeanMetric()
         self.calibration_error = BinaryCalibrationError(n_bins=10, norm="l1")
+        self.cross_encoder, self.auc_by = cross_encoder, auc_by
+        self.auc = BinaryAUROC()
+        self.auc_values: list[str] = []
+        self.aucs = torch.nn.ModuleList()
         self._told_of_cuts = False
 
     def setup(self, stage: str) -> None:
@@ -78,6 +89,9 @@ class RewardModule(PolicyModule):
         if hasattr(data, "every_batch"):  # before the model is loaded
             for batch in data.every_batch():
                 self.supervision.check(batch)
+            # Known to all ranks before any of them sees a row of a kind.
+            self.auc_values = sorted({v for b in data.eval_batches() for v in self._groups(b)})
+            self.aucs = torch.nn.ModuleList(BinaryAUROC() for _ in self.auc_values)
 
     def configure_model(self) -> None:
         with float32_by_default():
@@ -111,6 +125,32 @@ class RewardModule(PolicyModule):
             metrics = {"accuracy": self.accuracy, "calibration_error": self.calibration_error}
             for name, metric in metrics.items():
                 self.log(f"val/{name}", metric, prog_bar=name == "accuracy")
+        if (ranking := self.supervision.ranking(scores, batch)) is not None:
+            ranked, good = ranking
+            self._update_aucs(ranked, good, self._groups(batch))
+
+    def _groups(self, batch: PromptBatch) -> list[str]:
+        """The value of every row's ``auc_by``."""
+        if self.auc_by is None:
+            return []
+        if self.auc_by not in batch.columns:
+            raise ValueError(
+                f"auc_by names the column '{self.auc_by}'; there are {sorted(batch.columns)}."
+            )
+        return [str(value) for value in batch.columns[self.auc_by]]
+
+    def _update_aucs(self, scores: Tensor, good: Tensor, groups: list[str]) -> None:
+        # In double, else large scores are ties. Probabilities, because torchmetrics would make them
+        # of one batch's scores and not of another's.
+        scores, good = scores.double().sigmoid(), good.long()
+        self.auc.update(scores, good)
+        self.log("val/auc", self.auc)
+        rows = groups * (len(scores) // max(len(groups), 1))
+        metrics: Any = self.aucs
+        for value, metric in zip(self.auc_values, metrics, strict=True):
+            where = torch.tensor([row == value for row in rows], device=scores.device)
+            metric.update(scores[where], good[where])
+            self.log(f"val/auc/{value}", metric)
 
     def on_validation_epoch_end(self) -> None:
         step = self.tally.reduce(self.sum_over_ranks)
@@ -124,14 +164,16 @@ class RewardModule(PolicyModule):
             ValueError: for rows that cannot be learned from.
         """
         self.supervision.check(PromptBatch.check(batch))
-        inputs, cut = self.policy.tokens(self.supervision.texts(batch))
+        read = self.supervision.pairs if self.cross_encoder else self.supervision.texts
+        inputs, cut = self.policy.tokens(read(batch))
         self.tally.add("truncated", cut)
         if cut.any() and not self._told_of_cuts:
             self._told_of_cuts = True
+            lost = "the end of their prompt" if self.cross_encoder else "their beginning"
             rank_zero_warn(
                 f"{int(cut.sum())} of {len(cut)} texts of a batch are longer than max_length = "
-                f"{self.policy.max_length}, or than the tokenizer allows, and lose their "
-                "beginning; `truncated` logs the share."
+                f"{self.policy.max_length}, or than the tokenizer allows, and lose "
+                f"{lost}; `truncated` logs the share."
             )
         return self.policy.scores(inputs)
 

@@ -21,6 +21,9 @@ __all__ = ["ClassLabels", "PreferencePairs", "ScalarLabels", "Supervision"]
 Text = str | list[Message]
 """What is scored: a plain text, or a whole conversation."""
 
+Pair = tuple[str, str]
+"""Prompt and answer for a cross-encoder, which reads them as two texts."""
+
 
 class Supervision(Described, ABC):
     """Targets in the data, and the loss that a head has on them.
@@ -59,8 +62,25 @@ class Supervision(Described, ABC):
         """What is wrong with a row, or None."""
 
     @abstractmethod
+    def answered(self, batch: PromptBatch) -> list[tuple[Prompt, Any]]:
+        """Prompt and answer of every text that is scored; an answer may be None."""
+
     def texts(self, batch: PromptBatch) -> list[Text]:
-        """What is scored of a batch of B rows."""
+        """What is scored of a batch of B rows, prompt and answer as one text."""
+        return [_whole(prompt, answer) for prompt, answer in self.answered(batch)]
+
+    def pairs(self, batch: PromptBatch) -> list[Pair]:
+        """What is scored of a batch of B rows, prompt and answer as two texts.
+
+        Raises:
+            ValueError: names a row whose prompt is a conversation.
+        """
+        if chats := [i for i, p in enumerate(batch.prompts) if not isinstance(p, str)]:
+            raise ValueError(
+                f"Row {int(batch.prompt_ids[chats[0]])} is a conversation; a cross-encoder reads "
+                "prompt and answer as two plain texts. Leave out cross_encoder or use texts."
+            )
+        return [(str(p), completion_text(answer or "")) for p, answer in self.answered(batch)]
 
     @abstractmethod
     def losses(self, scores: Tensor, batch: PromptBatch) -> Tensor:
@@ -70,11 +90,29 @@ class Supervision(Described, ABC):
     def decisions(self, scores: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor] | None:
         """Probability of what was decided, and whether it was right, shapes (B,); or None."""
 
+    def ranking(self, scores: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor] | None:
+        """Score of every text, and whether it is a good one, shapes (texts,); or None.
+
+        The texts are those of ``answered``: row b of the batch is text b, B + b and so on.
+        """
+        return None
+
 
 class PreferencePairs(Supervision):
-    """``chosen`` is better than ``rejected``: Bradley-Terry, with the column ``margin`` if any."""
+    """``chosen`` is better than ``rejected``: Bradley-Terry, with the column ``margin`` if any.
+
+    Args:
+        absolute: Weight of a second loss, the mean cross-entropy of the two texts by themselves:
+            the chosen one is good with probability sigmoid(score), the rejected one is not. It
+            makes scores of different prompts comparable, which pairs do not.
+    """
 
     required_columns = ("chosen", "rejected")
+
+    def __init__(self, absolute: float = 0.0) -> None:
+        if absolute < 0:
+            raise ValueError(f"absolute must not be negative; it is {absolute}.")
+        self.absolute = absolute
 
     def fault(self, prompt: Prompt, columns: Mapping[str, Any]) -> str | None:
         chosen, rejected = (columns[name] for name in self.required_columns)
@@ -87,10 +125,10 @@ class PreferencePairs(Supervision):
             return f"the margin is {columns['margin']!r}; it must be a finite number"
         return None
 
-    def texts(self, batch: PromptBatch) -> list[Text]:
-        """The B chosen texts, then the B rejected ones."""
+    def answered(self, batch: PromptBatch) -> list[tuple[Prompt, Any]]:
+        """The B chosen answers, then the B rejected ones."""
         return [
-            _whole(prompt, answer)
+            (prompt, answer)
             for name in self.required_columns
             for prompt, answer in zip(batch.prompts, batch.columns[name], strict=True)
         ]
@@ -100,30 +138,35 @@ class PreferencePairs(Supervision):
         margin = None
         if "margin" in batch.columns:
             margin = torch.tensor(batch.columns["margin"]).to(scores)
-        return bradley_terry_loss(chosen, rejected, margin)
+        alone = -(F.logsigmoid(chosen) + F.logsigmoid(-rejected)) / 2
+        return bradley_terry_loss(chosen, rejected, margin) + self.absolute * alone
 
     def decisions(self, scores: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         chosen, rejected = scores[:, 0].chunk(2)
         # Of the winner, whichever it is: "the chosen one" is right by definition.
         return (chosen - rejected).abs().sigmoid(), chosen > rejected
 
+    def ranking(self, scores: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        return scores[:, 0], torch.arange(len(scores), device=scores.device) < len(batch)
+
 
 class _Labels(Supervision):
-    required_columns = ("label",)
+    required_columns: tuple[str, ...] = ("label",)
 
     def fault(self, prompt: Prompt, columns: Mapping[str, Any]) -> str | None:
         text = _whole(prompt, columns.get("completion"))
         if not _has_text(text):
             return f"the text is {text!r}; it must not be empty"
-        return self.fault_of_label(columns["label"])
+        faults = (self.fault_of_label(columns[name], name) for name in self.required_columns)
+        return next(filter(None, faults), None)
 
     @abstractmethod
-    def fault_of_label(self, label: Any) -> str | None:
-        """What is wrong with a label, or None."""
+    def fault_of_label(self, label: Any, name: str) -> str | None:
+        """What is wrong with a label of a column, or None."""
 
-    def texts(self, batch: PromptBatch) -> list[Text]:
+    def answered(self, batch: PromptBatch) -> list[tuple[Prompt, Any]]:
         answers = batch.columns.get("completion", [None] * len(batch))
-        return [_whole(p, answer) for p, answer in zip(batch.prompts, answers, strict=True)]
+        return list(zip(batch.prompts, answers, strict=True))
 
 
 class ClassLabels(_Labels):
@@ -140,10 +183,10 @@ class ClassLabels(_Labels):
             raise ValueError(f"names must be two or more different classes, not {names}.")
         self.outputs = list(names)
 
-    def fault_of_label(self, label: Any) -> str | None:
+    def fault_of_label(self, label: Any, name: str) -> str | None:
         known = label in self.outputs if isinstance(label, str) else self._is_class(label)
         names = ", ".join(self.outputs)
-        return None if known else f"the label is {label!r}; classes are 0, 1, … of {names}"
+        return None if known else f"the {name} is {label!r}; classes are 0, 1, … of {names}"
 
     def _is_class(self, label: Any) -> bool:
         return isinstance(label, int) and 0 <= label < len(self.outputs)
@@ -155,21 +198,40 @@ class ClassLabels(_Labels):
         probability, decided = scores.softmax(-1).max(-1)
         return probability, decided == self._targets(batch).to(scores.device)
 
+    def ranking(self, scores: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor] | None:
+        """Of two classes the second is the good one; of more none is."""
+        if len(self.outputs) > 2:
+            return None
+        return scores[:, 1] - scores[:, 0], self._targets(batch).to(scores.device) == 1
+
     def _targets(self, batch: PromptBatch) -> Tensor:
         numbers = {name: number for number, name in enumerate(self.outputs)}
         return torch.tensor([numbers.get(label, label) for label in batch.columns["label"]])
 
 
 class ScalarLabels(_Labels):
-    """``label`` is a number, such as a rating: squared error."""
+    """A number, such as a rating, or several, each by a head of its own: mean squared error.
+
+    Args:
+        columns: Where the numbers are; each column has a head on the common trunk, with its name.
+            One column, ``label``, if None.
+    """
 
     problem_type = "regression"
 
-    def fault_of_label(self, label: Any) -> str | None:
-        return None if _is_number(label) else f"the label is {label!r}; it must be a finite number"
+    def __init__(self, columns: list[str] | None = None) -> None:
+        if columns is not None:
+            if not columns or len(set(columns)) < len(columns):
+                raise ValueError(f"columns must be different names, at least one, not {columns}.")
+            self.outputs = self.required_columns = tuple(columns)
+
+    def fault_of_label(self, label: Any, name: str) -> str | None:
+        return None if _is_number(label) else f"the {name} is {label!r}; it must be a finite number"
 
     def losses(self, scores: Tensor, batch: PromptBatch) -> Tensor:
-        return (scores[:, 0] - torch.tensor(batch.columns["label"]).to(scores)) ** 2
+        """Mean over the heads, as Transformers has it for a regression."""
+        targets = torch.tensor([batch.columns[name] for name in self.required_columns])
+        return ((scores - targets.T.to(scores)) ** 2).mean(-1)
 
     def decisions(self, scores: Tensor, batch: PromptBatch) -> None:
         return None

@@ -21,7 +21,8 @@ __all__ = ["Classifier"]
 class Classifier(Policy):
     """One trunk and one head, trained whole; no preference reaches it.
 
-    Texts are read as ``ClassifierHead`` reads them: padded on the right, cut on the left.
+    Texts are read as ``ClassifierHead`` reads them: padded on the right, cut on the left. Pairs are
+    read as ``CrossEncoderHead`` reads them.
 
     Args:
         pretrained: The trunk: a language model, an encoder or a classifier.
@@ -57,7 +58,6 @@ class Classifier(Policy):
             return
         self.tokenizer = pretrained_models.load_tokenizer(self.pretrained)
         self.tokenizer.padding_side = "right"
-        self.tokenizer.truncation_side = "left"  # the response is at the end
         self.model = self._load(seed)
         self.conditioner.attach_once(self.model, names, seed)
         self.train()
@@ -92,32 +92,58 @@ class Classifier(Policy):
             )
         return model
 
-    def tokens(self, texts: Sequence[str | list[Message]]) -> tuple[dict[str, Tensor], Tensor]:
+    def tokens(
+        self, texts: Sequence[str | list[Message] | tuple[str, str]]
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs of the model, shape (B, L), and which texts were cut, shape (B,).
 
         Args:
-            texts: B strings, or B conversations, which go through the chat template.
+            texts: B strings; or B conversations, which go through the chat template; or B pairs,
+                of which only the first text is cut, at its end, as ``CrossEncoderHead`` reads them.
 
         Raises:
-            ValueError: for conversations where there is no chat template.
+            ValueError: for conversations where there is no chat template, and for a pair whose
+                second text alone is too long.
         """
         tokenizer: Any = self.tokenizer
-        plain = isinstance(texts[0], str)
-        if not plain:
+        pairs, chats = isinstance(texts[0], tuple), isinstance(texts[0], list)
+        if chats:
             if tokenizer.chat_template is None:
                 raise ValueError(
                     f"The tokenizer of '{self.pretrained.name}' has no chat template, and the data "
                     "are conversations. Use plain texts, or a model with a template."
                 )
             texts = tokenizer.apply_chat_template(texts, tokenize=False)
-        options = {"add_special_tokens": plain, "verbose": False}
+        given: Any = [list(side) for side in zip(*texts, strict=True)] if pairs else [texts]
+        options = {"add_special_tokens": not chats, "verbose": False}
         limit = min(self.max_length, tokenizer.model_max_length)
-        whole = tokenizer(texts, **options)["input_ids"]
+        if pairs:
+            self._check_answers(given[1], limit)
+        # The answer is at the end of one text; a pair's document matters most at its beginning.
+        tokenizer.truncation_side = "right" if pairs else "left"
+        whole = tokenizer(*given, **options)["input_ids"]
         inputs = tokenizer(
-            texts, padding=True, truncation=True, max_length=limit, return_tensors="pt", **options
+            *given,
+            padding=True,
+            truncation="only_first" if pairs else True,
+            max_length=limit,
+            return_tensors="pt",
+            **options,
         )
         cut = torch.tensor([len(ids) > limit for ids in whole])
         return {name: value.to(self.model.device) for name, value in inputs.items()}, cut
+
+    def _check_answers(self, answers: Sequence[str], limit: int) -> None:
+        tokenizer: Any = self.tokenizer
+        around = tokenizer.num_special_tokens_to_add(pair=True)
+        ids = tokenizer(answers, add_special_tokens=False, verbose=False)["input_ids"]
+        for answer, row in zip(answers, ids, strict=True):
+            if len(row) + around >= limit:
+                raise ValueError(
+                    f"The answer {answer[:80]!r}... leaves no room for a prompt: {len(row)} tokens "
+                    f"and {around} around it, of {limit} at most. Only prompts are cut. Raise "
+                    "max_length, if the model can read more, or leave the row out."
+                )
 
     def scores(self, inputs: dict[str, Tensor]) -> Tensor:
         """What the head says of every text, float32 or wider, shape (B, outputs)."""

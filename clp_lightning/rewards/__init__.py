@@ -5,13 +5,14 @@ from .base import Completion, Function, Reward, RewardError, completion_text
 from .endpoint import Endpoint, NoAnswer
 from .heads import ClassifierHead, Head, Support
 from .judge import Judge
-from .nli import NLIClassifier, NLITextToText
+from .nli import CrossEncoderHead, NLIClassifier, NLITextToText
 from .rules import Brevity, Pattern, Plain, Rouge
 
 __all__ = [
     "Brevity",
     "ClassifierHead",
     "Completion",
+    "CrossEncoderHead",
     "Endpoint",
     "Function",
     "Head",

@@ -1,4 +1,4 @@
-"""Factuality by natural language inference: does the document entail the completion?"""
+"""Rewards that read a document and the completion: natural language inference and its like."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..types import Prompt
 from .base import Completion, completion_text
 from .heads import ClassifierHead, Head, Text
 
-__all__ = ["NLIClassifier", "NLITextToText"]
+__all__ = ["CrossEncoderHead", "NLIClassifier", "NLITextToText"]
 
 _ENTAILED = ("entailment", "entailed")
 
@@ -50,17 +50,17 @@ class _Entailment(Head):
         )
 
 
-class NLIClassifier(_Entailment, ClassifierHead):
-    """Log-probability that a document entails the completion, by a classifier of text pairs.
+class CrossEncoderHead(_Entailment, ClassifierHead):
+    """A classifier of text pairs as a reward: of a document and the completion.
 
-    The class is found by its name, "entailment" or "entailed" in capitals or not, because models
-    disagree about the order: it is the last of roberta-large-mnli and the first of many others.
+    What ``RewardModule(cross_encoder=True)`` trains. With one output its value is the reward; of
+    several the one that ``label`` names counts: its log-probability, or its value in a regressor.
     A document that is too long loses its end, a completion nothing.
 
     Args:
         name: A folder, an installed package that carries a model, or a name on the hub.
-        document: Column with the premise.
-        label: What the model calls entailment, where it calls it something else.
+        document: Column with the document.
+        label: Which output counts, where there are several.
         revision: Branch, tag or commit on the hub.
         device: Where the classifier runs; by default on the policy's device.
         dtype: Floating-point type of its weights.
@@ -84,26 +84,13 @@ class NLIClassifier(_Entailment, ClassifierHead):
         self.required_columns = (document,)
 
     def load(self) -> None:
-        """Load the classifier and find its class.
+        """Load the classifier and find its label.
 
         Raises:
-            ValueError: no class, or more than one, is called entailment; names those there are.
+            ValueError: naming the labels there are, where the choice is not clear.
         """
         super().load()
         self.tokenizer.truncation_side = "right"
-
-    def find_column(self, config: Any) -> int:
-        wanted = _ENTAILED if self.label is None else (self.label.lower(),)
-        numbered = [*config.id2label.items(), *((i, name) for name, i in config.label2id.items())]
-        found = {int(i) for i, name in numbered if str(name).strip().lower() in wanted}
-        if len(found) != 1 or config.num_labels < 2:
-            raise ValueError(
-                f"'{self.pretrained.name}' is no NLI classifier as it is: exactly one of two or "
-                f"more labels must be called {' or '.join(wanted)}, and it has "
-                f"{list(config.id2label.values())}. Use another model, or name the label of "
-                "entailment with `label`."
-            )
-        return found.pop()
 
     def tokenize(self, texts: Sequence[Text], add_special_tokens: bool = True) -> Any:
         """Pairs as the tokenizer joins them; only documents are cut."""
@@ -121,6 +108,43 @@ class NLIClassifier(_Entailment, ClassifierHead):
             max_length=self.limit,
             return_tensors="pt",
         )
+
+
+class NLIClassifier(CrossEncoderHead):
+    """Log-probability that a document entails the completion, by a classifier of text pairs.
+
+    The class is found by its name, "entailment" or "entailed" in capitals or not, because models
+    disagree about the order: it is the last of roberta-large-mnli and the first of many others.
+    A document that is too long loses its end, a completion nothing.
+
+    Args:
+        name: A folder, an installed package that carries a model, or a name on the hub.
+        document: Column with the premise.
+        label: What the model calls entailment, where it calls it something else.
+        revision: Branch, tag or commit on the hub.
+        device: Where the classifier runs; by default on the policy's device.
+        dtype: Floating-point type of its weights.
+        batch_size: Pairs per forward pass.
+        max_length: Longer pairs are cut to this many tokens.
+    """
+
+    def find_column(self, config: Any) -> int:
+        """Which of the model's outputs is entailment.
+
+        Raises:
+            ValueError: no class, or more than one, is called entailment; names those there are.
+        """
+        wanted = _ENTAILED if self.label is None else (self.label.lower(),)
+        numbered = [*config.id2label.items(), *((i, name) for name, i in config.label2id.items())]
+        found = {int(i) for i, name in numbered if str(name).strip().lower() in wanted}
+        if len(found) != 1 or config.num_labels < 2:
+            raise ValueError(
+                f"'{self.pretrained.name}' is no NLI classifier as it is: exactly one of two or "
+                f"more labels must be called {' or '.join(wanted)}, and it has "
+                f"{list(config.id2label.values())}. Use another model, or name the label of "
+                "entailment with `label`."
+            )
+        return found.pop()
 
 
 class NLITextToText(_Entailment):

@@ -39,6 +39,20 @@ def test_a_margin_by_hand() -> None:
     torch.testing.assert_close(PreferencePairs().losses(scores, batch), torch.tensor(expected))
 
 
+def test_the_absolute_loss_by_hand() -> None:
+    # A lead of 1: -log sigmoid(1). Alone: the mean of -log sigmoid(2) and -log sigmoid(-1), 3 times.
+    batch = batch_of(chosen=["a"], rejected=["c"])
+    expected = math.log(1 + math.exp(-1)) + 3 * (
+        (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(1))) / 2
+    )
+    scores = torch.tensor([[2.0], [1.0]])
+    torch.testing.assert_close(
+        PreferencePairs(absolute=3.0).losses(scores, batch), torch.tensor([expected])
+    )
+    with pytest.raises(ValueError, match="absolute must not be negative; it is -1"):
+        PreferencePairs(absolute=-1)
+
+
 def test_decisions_of_classes() -> None:
     scores = torch.tensor([[0.2, 0.7, 0.1], [0.5, 0.1, 0.4]]).log()
     decided = ClassLabels(["x", "y", "z"]).decisions(scores, batch_of(label=["y", 2]))
