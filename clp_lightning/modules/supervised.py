@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,14 +13,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 from ..conditioning import Conditioner, LoRA, Unconditioned
+from ..described import check_choice
 from ..functional.logprobs import masked_sum
 from ..keyed import resolve_seed
-from ..policy import Encoding, Policy
+from ..policy import Encoding, Policy, Sampling, TransformersEngine
 from ..policy.encoding import pad
 from ..pretrained import Pretrained, load_model
-from ..rewards import completion_text
+from ..rewards import Rouge, completion_text
+from ..rewards.base import Completion
 from ..tuned import untie
-from ..types import Preference, PromptBatch, Rollout
+from ..types import Preference, Prompt, PromptBatch, Rollout
 from .base import LRDecay, PolicyModule
 from .folder import replace_folder
 from .precision import float32_by_default
@@ -27,17 +30,22 @@ from .tally import Tally
 
 __all__ = ["SupervisedModule"]
 
+_TURNS = ["response", "all"]
+
 
 class SupervisedModule(PolicyModule):
     """Finetunes a language model on responses and writes a plain Hugging Face folder.
 
     The loss is the mean over response tokens (the stop token included) of the whole batch, over
-    all ranks and accumulated batches. LoRA adapters are merged on saving. The folder,
+    all ranks and accumulated batches. Of a conversation only the assistant's turns are learnt, each
+    as the answer to the turns before it. LoRA adapters are merged on saving. The folder,
     ``<trainer.log_dir>/base``, is a base for ``CLPModule(pretrained=...)``.
 
     Args:
         pretrained: The base: a hub name, a folder or an installed package.
-        response_column: Column of the data with the response.
+        response_column: Column of the data with the response, text or messages.
+        assistant_turns: Learn the turns of the ``response``, or ``all``: those in the prompt too,
+            as from TRL's ``messages``. Every turn is a row of the batch.
         lora_rank: Rank of a LoRA on all linear layers but the output; 0 trains every parameter.
         max_prompt_tokens: Limit of a prompt, in tokens.
         max_response_tokens: Longer responses are cut, and then have no stop token.
@@ -50,6 +58,8 @@ class SupervisedModule(PolicyModule):
         optimizer: Optimizer class and its further arguments.
         lr_scheduler: Scheduler class and its arguments, stepped once per optimizer step.
         gradient_checkpointing: Recompute activations in the backward pass.
+        rouge: Answer the held-out prompts greedily in every validation and log the ROUGE-L of the
+            answers, ``val/rougeL``; needs the package rouge-score.
         seed: Key of the initial adapter; that of ``seed_everything`` if None.
     """
 
@@ -57,6 +67,7 @@ class SupervisedModule(PolicyModule):
         self,
         pretrained: str | Pretrained,
         response_column: str = "completion",
+        assistant_turns: Literal["response", "all"] = "response",
         lora_rank: int = 16,
         max_prompt_tokens: int = 512,
         max_response_tokens: int = 128,
@@ -69,6 +80,7 @@ class SupervisedModule(PolicyModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         gradient_checkpointing: bool = False,
+        rouge: bool = False,
         seed: int | None = None,
     ) -> None:
         conditioner: Conditioner = Unconditioned()
@@ -81,6 +93,8 @@ class SupervisedModule(PolicyModule):
         schedule = (warmup_steps, lr_decay, optimizer, lr_scheduler)
         super().__init__(policy, lr, None, weight_decay, *schedule)
         self.response_column = response_column
+        self.assistant_turns = check_choice("assistant_turns", assistant_turns, _TURNS)
+        self.rouge = Rouge("response") if rouge else None
         self.max_response_tokens = max_response_tokens
         self.seed = resolve_seed(seed)
         # Two, because a validation may come between two micro-batches of a step.
@@ -96,7 +110,8 @@ class SupervisedModule(PolicyModule):
             self.policy.build([], self.seed)  # no rewards: only what all preferences share
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
-        logp, mask = self._logprobs(batch)
+        rollout = self.encode(PromptBatch.check(batch))
+        logp, mask = self._logprobs(rollout), rollout.response_mask
         self.tally.add("loss", -logp, mask)
         self.tally.count("tokens", float(mask.sum()))
         # Any constant will do: the gradient is rescaled to the mean over all tokens below.
@@ -109,12 +124,18 @@ class SupervisedModule(PolicyModule):
         self.log("train/loss", step["loss"], prog_bar=True)
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        logp, mask = self._logprobs(batch)
-        self.held_out.add("loss", -logp, mask)
+        rollout = self.encode(PromptBatch.check(batch))
+        self.held_out.add("loss", -self._logprobs(rollout), rollout.response_mask)
+        if self.rouge is not None:
+            scores = self.rouge(
+                rollout.prompts, self._answers(rollout), response=rollout.completions
+            )
+            self.held_out.add("rougeL", torch.tensor(scores))
 
     def on_validation_epoch_end(self) -> None:
         step = self.held_out.reduce(self.sum_over_ranks)
-        self.log("val/loss", step["loss"], prog_bar=True)
+        for name, value in step.items():
+            self.log(f"val/{name}", value, prog_bar=True)
 
     def on_fit_end(self) -> None:  # called also where a resumed run has nothing left to train
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "base"
@@ -132,11 +153,16 @@ class SupervisedModule(PolicyModule):
 
     _nominal = 1.0
 
-    def _logprobs(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the responses and their mask, shape (B, T)."""
-        rollout = self.encode(PromptBatch.check(batch))
+    def _logprobs(self, rollout: Rollout) -> Tensor:
+        """Log-probabilities of the responses, shape (B, T)."""
         with self.policy.conditioned(rollout.preference):
-            return self.policy.logprobs(rollout), rollout.response_mask
+            return self.policy.logprobs(rollout)
+
+    def _answers(self, rollout: Rollout) -> list[Completion]:
+        """The likeliest token after the other, for every prompt."""
+        batch = PromptBatch(rollout.prompts, rollout.prompt_ids, preference=rollout.preference)
+        greedy = Sampling(self.max_response_tokens, temperature=0.0)
+        return [*TransformersEngine().generate(self.policy, batch, 1, greedy).completions]
 
     def _check_column(self, columns: Collection[str]) -> None:
         if self.response_column not in columns:
@@ -145,29 +171,49 @@ class SupervisedModule(PolicyModule):
                 f"{sorted(columns)}. Set response_column."
             )
 
-    def _responses(self, batch: PromptBatch) -> list[str]:
-        texts = []
+    def _turns(self, batch: PromptBatch) -> Iterator[tuple[int, Prompt, str]]:
+        """What is learnt: a row of the batch, what is read of it, and what is answered."""
         answers = batch.columns[self.response_column]
-        for prompt_id, answer in zip(batch.prompt_ids.tolist(), answers, strict=True):
-            messages = answer if isinstance(answer, list) else []
-            if not isinstance(answer, str) and not (messages and all(map(_has_text, messages))):
+        for row, (prompt, answer) in enumerate(zip(batch.prompts, answers, strict=True)):
+            conversation = prompt if isinstance(prompt, list) else []
+            if self.assistant_turns == "all":
+                # But the last one, which the response continues, and one that answers nothing.
+                for i, message in enumerate(conversation[:-1]):
+                    if i and message["role"] == "assistant":
+                        yield row, conversation[:i], self._text(batch, row, [message])
+            text = self._text(batch, row, answer)
+            roles = [m.get("role", "assistant") for m in answer] if isinstance(answer, list) else []
+            if all(role == "assistant" for role in roles):
+                yield row, prompt, text
+                continue
+            if "assistant" not in roles or not conversation:
                 raise ValueError(
-                    f"Row {prompt_id}: the response in column '{self.response_column}' is "
-                    f"{answer!r}; it must be text or messages with text. Fill the row in or leave "
-                    "it out."
+                    f"Row {int(batch.prompt_ids[row])}: the response has turns of {roles}; it "
+                    "needs one of the assistant, and a prompt that is messages too."
                 )
-            texts.append(completion_text(answer))
-        return texts
+            for i in [i for i, role in enumerate(roles) if role == "assistant"]:
+                yield row, [*conversation, *answer[:i]], completion_text([answer[i]])
+
+    def _text(self, batch: PromptBatch, row: int, answer: Any) -> str:
+        messages = answer if isinstance(answer, list) else []
+        if not isinstance(answer, str) and not (messages and all(map(_has_text, messages))):
+            raise ValueError(
+                f"Row {int(batch.prompt_ids[row])}: the response in column "
+                f"'{self.response_column}' is {answer!r}; it must be text or messages with text. "
+                "Fill the row in or leave it out."
+            )
+        return completion_text(answer)
 
     def encode(self, batch: PromptBatch) -> Rollout:
-        """The data's responses in the form of a rollout.
+        """The turns to learn in the form of a rollout, one or more for every row of the data.
 
         Raises:
-            ValueError: where the response column is missing, or a response is neither text nor
-                messages.
+            ValueError: where the response column is missing, a response is neither text nor
+                messages, or none of its messages is the assistant's.
         """
         self._check_column(batch.columns)
-        responses = self._responses(batch)
+        chosen, prompts, responses = map(list, zip(*self._turns(batch), strict=True))
+        batch = replace(batch.select(chosen), prompts=prompts)
         policy = self.policy
         input_ids, prompt_mask = policy.encode(batch.prompts)
         # Of several stop tokens the tokenizer's own closes a turn of the chat template.

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from lightning.pytorch import Trainer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from clp_lightning import Pretrained, PromptBatch, Rollout, RunCheckpoint, SupervisedModule
+from clp_lightning import (
+    Pretrained,
+    PromptBatch,
+    PromptDataModule,
+    Rollout,
+    Rouge,
+    RunCheckpoint,
+    SupervisedModule,
+)
 from tests.runs import Capture, make_data, read_lines
-from tests.tiny import ENCODER_DECODERS, EOS
+from tests.tiny import CHAT_TEMPLATE, ENCODER_DECODERS, EOS, save_tiny
+
+# The tiny template with the marks that TRL reads the assistant's turns from.
+MARKED = CHAT_TEMPLATE.replace(
+    "{{ message['content'] }}<|end|>\n{% endfor %}",
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|end|>"
+    "{% endgeneration %}{% else %}{{ message['content'] }}<|end|>{% endif %}\n{% endfor %}",
+)
 
 
 def make_module(base: Path | Pretrained, **options: Any) -> SupervisedModule:
@@ -92,6 +109,148 @@ def test_every_token_weighs_alike_however_batches_are_cut(
     for gradients in found[1:]:
         for a, b in zip(found[0], gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def save_chat(folder: Path) -> Path:
+    """A tiny chat model whose tokenizer's stop token closes the turns, as in real ones."""
+    save_tiny(folder, "llama", chat=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token, tokenizer.chat_template = "<|end|>", MARKED
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["text", "chat", "all turns", "all turns of a response"])
+def test_loss_and_gradients_are_those_of_trl(form: str, tmp_path: Path) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    base = save_chat(tmp_path / "base")
+    words = ["tea", "fog", "ink", "owl"]
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"{word} is" + " ?" * i, "completion": f" {word * (i + 1)}."}
+        for i, word in enumerate(words)
+    ]
+    theirs = rows
+    if form != "text":
+        rows = theirs = [
+            {
+                "prompt": [turn("user", row["prompt"])],
+                "completion": [turn("assistant", row["completion"])],
+            }
+            for row in rows
+        ]
+    if "all turns" in form:
+        again = [turn("user", "And?"), turn("assistant", "No more.")]
+        theirs = [{"messages": row["prompt"] + row["completion"] + again} for row in rows]
+        rows = theirs
+    if form == "all turns of a response":
+        rows = [{"prompt": r["messages"][:1], "completion": r["messages"][1:]} for r in theirs]
+
+    Capture.gradients.clear()
+    turns = "all" if form == "all turns" else "response"
+    module = SupervisedModule(
+        str(base), assistant_turns=turns, lora_rank=0, optimizer=Capture, lr=0.0
+    )
+    data = PromptDataModule(Dataset.from_list(rows), holdout=0, batch_size=4)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, data)
+
+    settings = SFTConfig(
+        str(tmp_path / "trl"),
+        per_device_train_batch_size=4,
+        assistant_only_loss="all turns" in form,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        gradient_checkpointing=False,
+    )
+    twin = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        args=settings,
+        train_dataset=Dataset.from_list(theirs),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )
+    (batch,) = list(twin.get_train_dataloader())
+    learnt = int((batch["labels"] != -100).sum())
+    answers = sum(len(word) * (i + 1) + 3 for i, word in enumerate(words))  # " ", "." and a stop
+    assert learnt == answers + (4 * len("No more.<") if "all turns" in form else 0)
+    expected = twin.compute_loss(twin.model.train(), batch)
+    expected.backward()
+    loss = float(trainer.callback_metrics["train/loss"])
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for (name, parameter), gradient in zip(
+        twin.model.named_parameters(), Capture.gradients[0], strict=True
+    ):
+        torch.testing.assert_close(
+            gradient, parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_every_assistant_turn_answers_the_turns_before_it(tmp_path: Path) -> None:
+    greeting, ask, say, more = (
+        turn("assistant", "Hi."),
+        turn("user", "tea"),
+        turn("assistant", "hot"),
+        turn("user", "more"),
+    )
+    batch = PromptBatch(
+        [[greeting, ask, say, more], [ask]],
+        torch.tensor([7, 9]),
+        {"completion": [[turn("assistant", "no")], [say, more, turn("assistant", "yes")]]},
+    )
+    found = {}
+    for turns in ("response", "all"):
+        module = SupervisedModule(str(save_chat(tmp_path / turns)), assistant_turns=turns)
+        module.configure_model()
+        rollout = module.encode(batch)
+        found[turns] = list(
+            zip(rollout.prompt_ids.tolist(), rollout.prompts, rollout.completions, strict=True)
+        )
+    answered = [
+        (7, [greeting, ask], "hot"),  # nobody asked for the greeting
+        (7, [greeting, ask, say, more], "no"),
+        (9, [ask], "hot"),
+        (9, [ask, say, more], "yes"),
+    ]
+    assert found == {"response": answered[1:], "all": answered}
+    for prompt, answer in ((batch.prompts[0], [ask]), ("tea", [ask, say])):
+        wrong = PromptBatch([prompt], torch.tensor([8]), {"completion": [answer]})
+        with pytest.raises(ValueError, match="Row 8: the response has turns of .* needs one of"):
+            module.encode(wrong)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_rouge_is_that_of_transformers_greedy_answers(
+    kind: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, data = tiny_folder(kind), make_data(tmp_path)
+    auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    model, tokenizer = auto.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    rows = read_lines(tmp_path / "rows.jsonl")
+    answers = []
+    for row in rows:
+        ids = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
+        out = model.generate(ids, do_sample=False, max_new_tokens=6)[0]
+        new = out[1:] if kind == "t5" else out[ids.shape[1] :]
+        answers.append(tokenizer.decode(new, skip_special_tokens=True))
+        row["answer"] = f"{answers[-1]} owl"  # part of it is right
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text)
+    trainer = make_trainer(tmp_path, limit_val_batches=1.0)
+    trainer.validate(make_module(base, rouge=True, max_response_tokens=6), data, verbose=False)
+    held_out = [int(i) for batch in data.val_dataloader() for i in batch.prompt_ids]
+    scores = Rouge("answer")(
+        [""] * 4,
+        [answers[i] for i in held_out],
+        answer=[rows[i]["answer"] for i in held_out],
+    )
+    expected = sum(score for score in scores if score is not None) / 4
+    assert 0.1 < expected < 0.9
+    assert float(trainer.callback_metrics["val/rougeL"]) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
