@@ -40,8 +40,8 @@ class RewardModule(PolicyModule):
             or an installed package. A head for other outputs than the supervision's is replaced.
         supervision: What is learned; ``PreferencePairs()`` if None.
         max_length: Longer texts lose their beginning; how many is logged.
-        cross_encoder: Prompt and answer are two texts to the model, and the prompt alone is cut,
-            at its end. The reward is then ``CrossEncoderHead(folder)``.
+        cross_encoder: Prompt and answer are two texts to the model, and the prompt is cut, at its
+            end; an answer only where it leaves no room. The reward is ``CrossEncoderHead(folder)``.
         auc_by: A column; ``val/auc/<value>`` is logged for the rows of each of its values.
         lr: Learning rate.
         weight_decay: Weight decay.

@@ -99,11 +99,11 @@ class Classifier(Policy):
 
         Args:
             texts: B strings; or B conversations, which go through the chat template; or B pairs,
-                of which only the first text is cut, at its end, as ``CrossEncoderHead`` reads them.
+                of which the first text is cut, at its end, as ``CrossEncoderHead`` cuts it, and
+                a second text that would leave it no room is cut to half the limit.
 
         Raises:
-            ValueError: for conversations where there is no chat template, and for a pair whose
-                second text alone is too long.
+            ValueError: for conversations where there is no chat template.
         """
         tokenizer: Any = self.tokenizer
         pairs, chats = isinstance(texts[0], tuple), isinstance(texts[0], list)
@@ -117,11 +117,11 @@ class Classifier(Policy):
         given: Any = [list(side) for side in zip(*texts, strict=True)] if pairs else [texts]
         options = {"add_special_tokens": not chats, "verbose": False}
         limit = min(self.max_length, tokenizer.model_max_length)
-        if pairs:
-            self._check_answers(given[1], limit)
         # The answer is at the end of one text; a pair's document matters most at its beginning.
         tokenizer.truncation_side = "right" if pairs else "left"
         whole = tokenizer(*given, **options)["input_ids"]
+        if pairs:
+            given[1] = self._with_room(given[1], limit)
         inputs = tokenizer(
             *given,
             padding=True,
@@ -133,17 +133,16 @@ class Classifier(Policy):
         cut = torch.tensor([len(ids) > limit for ids in whole])
         return {name: value.to(self.model.device) for name, value in inputs.items()}, cut
 
-    def _check_answers(self, answers: Sequence[str], limit: int) -> None:
+    def _with_room(self, answers: Sequence[str], limit: int) -> list[str]:
+        """The answers, less the end of those that would leave no room for a prompt."""
         tokenizer: Any = self.tokenizer
         around = tokenizer.num_special_tokens_to_add(pair=True)
-        ids = tokenizer(answers, add_special_tokens=False, verbose=False)["input_ids"]
-        for answer, row in zip(answers, ids, strict=True):
-            if len(row) + around >= limit:
-                raise ValueError(
-                    f"The answer {answer[:80]!r}... leaves no room for a prompt: {len(row)} tokens "
-                    f"and {around} around it, of {limit} at most. Only prompts are cut. Raise "
-                    "max_length, if the model can read more, or leave the row out."
-                )
+        plain = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        spans = tokenizer(answers, **plain)["offset_mapping"]
+        return [
+            answer if len(row) + around < limit else answer[: row[limit // 2][0]]
+            for answer, row in zip(answers, spans, strict=True)
+        ]
 
     def scores(self, inputs: dict[str, Tensor]) -> Tensor:
         """What the head says of every text, float32 or wider, shape (B, outputs)."""

@@ -137,12 +137,20 @@ def test_a_cross_encoder_from_pairs(tmp_path: Path) -> None:
 def test_what_a_cross_encoder_cannot_read(tmp_path: Path) -> None:
     base = Path(nli_model(tmp_path / "base"))
     options: dict[str, Any] = {"supervision": ClassLabels(CLASSES), "cross_encoder": True}
-    rows = labelled()
-    with pytest.raises(ValueError, match="leaves no room for a prompt: .* Only prompts are cut"):
-        make_trainer(tmp_path).fit(make_module(base, max_length=8, **options), make_data(rows))
     chats = [{**as_chat(row), "label": 1} for row in pairs()]
     with pytest.raises(ValueError, match="is a conversation; a cross-encoder reads"):
         make_trainer(tmp_path).fit(make_module(base, **options), make_data(chats))
+
+
+def test_an_answer_that_leaves_no_room_is_cut_to_half(tmp_path: Path) -> None:
+    module = make_module(Path(nli_model(tmp_path / "base")), max_length=12, cross_encoder=True)
+    module.configure_model()
+    # Ten characters and two marks leave no room; nine leave room for one.
+    texts = [("document", "abcdefghij"), ("document", "abcdefghi"), ("doc", "abc")]
+    inputs, cut = module.policy.tokens(texts)
+    found = module.policy.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+    assert found == ["docuabcdef", "dabcdefghi", "docabc"]
+    assert cut.tolist() == [True, True, False]
 
 
 def test_several_heads_on_one_trunk(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:

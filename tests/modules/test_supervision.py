@@ -40,7 +40,7 @@ def test_a_margin_by_hand() -> None:
 
 
 def test_the_absolute_loss_by_hand() -> None:
-    # A lead of 1: -log sigmoid(1). Alone: the mean of -log sigmoid(2) and -log sigmoid(-1), 3 times.
+    # A lead of 1: -log sigmoid(1). Alone: mean of -log sigmoid(2) and -log sigmoid(-1), 3 times.
     batch = batch_of(chosen=["a"], rejected=["c"])
     expected = math.log(1 + math.exp(-1)) + 3 * (
         (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(1))) / 2
