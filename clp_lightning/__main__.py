@@ -22,6 +22,7 @@ commands:
   pick       finds the preference that has most of one reward and enough of the others
   export     one preference as a plain Hugging Face folder, or as one PEFT adapter
   compare    several runs beside each other, in one table and one figure
+  judge      which of two runs a language model prefers, side by side
 
   python -m clp_lightning COMMAND --help      options of a command
   python -m clp_lightning fit --config configs/quickstart.yaml
@@ -29,7 +30,7 @@ commands:
 """
 
 
-TOOLS = ("compare", "export", "pick", "steer")
+TOOLS = ("compare", "export", "judge", "pick", "steer")
 """Each is a function in the module of its name; it needs no Trainer."""
 COMMANDS = ("fit", "validate", "test", "predict", *TOOLS)
 
