@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-__all__ = ["check_readable", "checkpoint_file"]
+__all__ = ["LAST", "PREVIOUS", "check_readable", "checkpoint_file", "damaged", "readable"]
+
+LAST = "last.ckpt"
+"""The newest checkpoint of a run."""
+PREVIOUS = "previous.ckpt"
+"""The one before it, beside it."""
 
 
 def checkpoint_file(run: str | Path) -> Path:
     """The checkpoint of ``run``: a .ckpt file, or a run folder with checkpoints/last.ckpt.
+
+    Where that is damaged it is the one before, with a warning.
 
     Raises:
         FileNotFoundError: says where it was looked for.
@@ -17,18 +25,54 @@ def checkpoint_file(run: str | Path) -> Path:
     """
     path = Path(run)
     if path.is_dir():
-        path = path / "checkpoints" / "last.ckpt"
+        path = path / "checkpoints" / LAST
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no checkpoint at {path}. Give a .ckpt file or the folder of a run "
             "(its trainer.log_dir)."
         )
-    check_readable(path)
+    found = readable(path)
+    if found != path:
+        warnings.warn(damaged(path, found), stacklevel=2)
+    return found
+
+
+def damaged(path: str | Path, found: str | Path) -> str:
+    """Says that ``found`` is read instead of ``path``."""
+    return f"The checkpoint {path} is damaged; {found}, the one before it, is taken."
+
+
+def readable(path: str | Path, *, thorough: bool = False) -> Path:
+    """``path``; for a damaged last.ckpt the one before it, if that is whole.
+
+    Args:
+        path: A checkpoint.
+        thorough: Read all of it, as ``check_readable`` does.
+
+    Raises:
+        ValueError: neither is whole; see ``check_readable``.
+    """
+    path = Path(path)
+    try:
+        check_readable(path, thorough=thorough)
+    except ValueError as error:
+        before = path.with_name(PREVIOUS)
+        if path.name != LAST or not before.is_file():
+            raise
+        try:
+            check_readable(before, thorough=thorough)
+        except ValueError:
+            raise error from error.__cause__
+        return before
     return path
 
 
-def check_readable(path: str | Path) -> None:
-    """Refuses a local file that is not a whole checkpoint; looks at its directory only.
+def check_readable(path: str | Path, *, thorough: bool = False) -> None:
+    """Refuses a local file that is not a whole checkpoint.
+
+    Args:
+        path: A checkpoint.
+        thorough: Compare the checksums of all tensors; otherwise look at its directory only.
 
     Raises:
         ValueError: naming the file, from the error that says what is wrong with it.
@@ -39,6 +83,8 @@ def check_readable(path: str | Path) -> None:
         with ZipFile(path) as archive:
             (tree,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
             archive.read(tree)  # compares its checksum
+            if thorough and (broken := archive.testzip()):
+                raise ValueError(f"the checksum of {broken} differs")
     except (BadZipFile, ValueError, OSError) as error:
         raise ValueError(
             f"The checkpoint {path} cannot be read: it is truncated, corrupt or no checkpoint "

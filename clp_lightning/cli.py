@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 # Known by their short names in a config: class_path: CLPModule.
 from . import callbacks, conditioning, data, exact, modules, rewards  # noqa: F401
 from .callbacks import FrontCallback, PredictionsCallback
+from .callbacks.loggers import set_aside
 from .checkpoints import checkpoint_file
 
 __all__ = ["CLI", "main"]
@@ -44,6 +45,11 @@ class CLI(LightningCLI):
             )
         if path not in (None, "last", "best", "hpc", "registry"):
             config["ckpt_path"] = str(checkpoint_file(path))
+
+    def before_fit(self) -> None:
+        """A run that goes on keeps the rows that a CSV logger has written."""
+        if self.config["fit"].get("ckpt_path") is not None:
+            set_aside(self.trainer.loggers)
 
     def after_fit(self) -> None:
         """A run that was resumed behind its last step has trained nothing and swept nothing."""

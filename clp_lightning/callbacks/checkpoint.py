@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from ..modules.checkpoint import DurableCheckpointIO
+from .loggers import go_on
 
 __all__ = ["RunCheckpoint", "save_first"]
 
@@ -12,7 +22,12 @@ class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, with ``last.ckpt`` kept as this library's commands expect it.
 
     ``checkpoints/last.ckpt`` is written with every save and once more at the end of training, and a
-    new run in the same folder replaces it.
+    new run in the same folder replaces it. It is synced before it gets its name, and the one before
+    stays as ``previous.ckpt``, which is loaded (with a warning) should the last be damaged.
+
+    On SIGTERM the run finishes its optimizer step, saves and leaves with status 143; during a front
+    it leaves at once, to the checkpoint that there is. ``fit --ckpt_path last`` goes on. What was
+    logged after the checkpoint is logged again: TensorBoard and CSV forget the first.
 
     Args:
         every_n_train_steps: Optimizer steps between checkpoints.
@@ -21,6 +36,9 @@ class RunCheckpoint(ModelCheckpoint):
         save_top_k: How many of the best (without ``monitor``: newest) to keep beside the last.
         dirpath: Folder of the checkpoints; ``checkpoints`` in the run's log folder if None.
     """
+
+    _told = False  # of SIGTERM
+    _leaving = False
 
     def __init__(
         self,
@@ -41,14 +59,69 @@ class RunCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
         )
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._told = self._leaving = False
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         # A resumed ModelCheckpoint does not know that this step is saved, and would save it again
         # after the first batch of the next one, whose gradient a second resume would then lack.
         self._last_global_step_saved = trainer.global_step
+        go_on(trainer.loggers, trainer.global_step)
+        # Lightning's own handler broadcasts, in the middle of whatever the ranks are at, and ends
+        # the run in the middle of a step. It is put back by Lightning, which restores all.
+        self._told = trainer.received_sigterm
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._hear)
+        self._leaving = self._any_told(trainer)  # while the statistics were measured
+        self._leave()
+
+    def _hear(self, *_: Any) -> None:
+        self._told = True
+
+    def _any_told(self, trainer: Trainer) -> bool:
+        return trainer.strategy.reduce_boolean_decision(self._told, all=False)
+
+    def _leave(self) -> None:
+        if self._leaving:
+            raise SIGTERMException(128 + signal.SIGTERM)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.fit_loop._should_accumulate() or not self._any_told(trainer):
+            return
+        self._save_newest(trainer)
+        rank_zero_info(
+            f"SIGTERM: step {trainer.global_step} is saved in {self.last_model_path}; "
+            "--ckpt_path last goes on from there."
+        )
+        # Lightning still writes the numbers of this step; the run ends with whatever comes next.
+        self._leaving = True
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._leave()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self._leaving = self._told  # nothing is to be saved, so nobody is asked
+        self._leave()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
+        self._save_newest(trainer)
+
+    def _save_newest(self, trainer: Trainer) -> None:
         if self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             self._last_global_step_saved = trainer.global_step

@@ -1,22 +1,26 @@
-"""Figures and tables to whatever logger the Trainer has.
+"""What loggers have no common call for: figures, tables, going on with an interrupted run.
 
-Scalars go through ``self.log``; Lightning has no such common call for figures and tables, so each
-logger is asked for what it offers. One that offers nothing (CSV, unknown ones) is left out.
+Scalars go through ``self.log``; for the rest each logger is asked for what it offers. One that
+offers nothing is left out.
 """
 
 from __future__ import annotations
 
+import csv
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from ..tables import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["log_figure", "log_table"]
+__all__ = ["go_on", "log_figure", "log_table", "set_aside"]
 
 
 def log_figure(loggers: Iterable[Logger], name: str, figure: Figure, step: int) -> None:
@@ -68,3 +72,50 @@ def log_table(
             experiment.log_table(f"{name}_{step}.csv", cells, headers=list(columns))
         elif hasattr(logger, "log_table"):  # Weights & Biases
             logger.log_table(key=name, columns=list(columns), data=cells, step=step)
+
+
+@rank_zero_only
+def set_aside(loggers: Iterable[Logger]) -> None:
+    """Keeps the rows of CSV loggers for ``go_on``; Lightning would delete them at the next start.
+
+    Args:
+        loggers: ``trainer.loggers``, before the run starts.
+    """
+    for logger in loggers:
+        if isinstance(logger, CSVLogger):
+            rows, kept = _csv_files(logger)
+            # Rows set aside by a start that was killed are the older ones, and all there are.
+            if rows.is_file() and not kept.exists():
+                os.replace(rows, kept)
+
+
+@rank_zero_only
+def go_on(loggers: Iterable[Logger], step: int) -> None:
+    """Takes back what was logged after the checkpoint that a run goes on from.
+
+    Args:
+        loggers: ``trainer.loggers``.
+        step: Optimizer steps that are done. Everything from that step on will be logged again; for
+            a new run, which has 0, everything of an earlier one in the same folder.
+    """
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+            # As SummaryWriter(purge_step=step) writes it, which cannot be known when it is made.
+            start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
+            logger.experiment._get_file_writer().add_event(start)
+        elif isinstance(logger, CSVLogger) and _csv_files(logger)[1].exists():
+            kept = _csv_files(logger)[1]
+            with kept.open(newline="") as file:
+                rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+            done: list[Any] = [row for row in rows if int(row["step"]) < step]
+            logger.experiment.metrics[:0] = done
+            logger.save()
+            kept.unlink()
+
+
+def _csv_files(logger: CSVLogger) -> tuple[Path, Path]:
+    """Where a logger's rows are, and where they are set aside."""
+    folder = Path(logger.log_dir)
+    return folder / "metrics.csv", folder / ".metrics.before.csv"

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..checkpoints import check_readable
+from ..checkpoints import check_readable, readable
 from ..conditioning import Conditioner
 from ..described import Described, check_choice, describe, import_path
 from ..policy import Policy
@@ -256,7 +256,7 @@ class PolicyModule(Described, LightningModule):
             ValueError: says what differs.
         """
         if self._trainer is not None:
-            check_readable(self.trainer.ckpt_path or "")  # torch compares no checksums
+            readable(self.trainer.ckpt_path or "")  # torch compares no checksums
         stored = checkpoint.get(_CHECKPOINT_KEY)
         if stored is None:
             raise ValueError(

@@ -1,15 +1,98 @@
-"""What is said of a checkpoint that is damaged, or of other rewards."""
+"""Checkpoints that survive a crash; what is said of one that is damaged, or of other rewards."""
 
 from __future__ import annotations
 
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ..checkpoints import check_readable
+from ..checkpoints import LAST, PREVIOUS, damaged, readable
 
-__all__ = ["NameDamagedCheckpoint", "warn_of_other_rewards"]
+__all__ = ["DurableCheckpointIO", "NameDamagedCheckpoint", "warn_of_other_rewards"]
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint all or not at all, and keeps the one before last.ckpt.
+
+    A file is written beside its target, synced and renamed, so that neither a kill nor a power cut
+    leaves half of one. A last.ckpt that is damaged all the same (by the disk, a copy) is not
+    loaded: its predecessor is, with a warning. Paths that are not local are left to Lightning.
+    """
+
+    def __init__(self) -> None:
+        # What belongs to this run: files of an earlier one in the same folder are no predecessors.
+        self._own: set[Path] = set()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if storage_options is not None or not _is_local_file_protocol(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path).resolve()
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if target.name == LAST:
+                self._keep(target)
+            os.replace(partial, target)
+            _sync(target.parent)
+        except (OSError, RuntimeError) as error:  # torch's writer hides what the disk said
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise OSError(
+                f"The checkpoint {target} could not be written: {error}. The one before it is "
+                "untouched. Make room, or give RunCheckpoint another dirpath, and go on with "
+                "--ckpt_path last."
+            ) from error
+        self._own.add(target)
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if not _is_local_file_protocol(path):
+            return super().load_checkpoint(path, *args, **kwargs)
+        found = readable(path, thorough=True)
+        if found != Path(path):
+            rank_zero_warn(damaged(path, found))
+        self._own.add(found.resolve())
+        return super().load_checkpoint(found, *args, **kwargs)
+
+    def _keep(self, last: Path) -> None:
+        """Makes ``last``, which is about to be replaced, the previous one."""
+        previous = last.with_name(PREVIOUS)
+        if last in self._own:
+            second = last.with_name(f".{PREVIOUS}.partial")
+            second.unlink(missing_ok=True)
+            try:
+                os.link(last, second)  # there is a last.ckpt at every moment
+            except OSError:  # a file system without links
+                shutil.copyfile(last, second)
+            os.replace(second, previous)
+            self._own.add(previous)
+        elif previous not in self._own:
+            previous.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Makes a rename within ``folder`` last."""
+    if os.name == "nt":  # where a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class NameDamagedCheckpoint(Callback):
@@ -19,7 +102,7 @@ class NameDamagedCheckpoint(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         try:
-            check_readable(trainer.ckpt_path or "")
+            readable(trainer.ckpt_path or "")
         except ValueError as error:
             exception.add_note(str(error))
 
