@@ -20,6 +20,7 @@ from clp_lightning import CLPModule
 from clp_lightning.__main__ import COMMANDS, run
 from clp_lightning.cli import main
 from tests.runs import Backwards, Counted, Doubled, read_lines, run_config, write_config
+from tests.suite import CONFIGS, own_configs, relative
 
 
 @pytest.fixture
@@ -99,12 +100,13 @@ def test_a_run_that_is_nowhere(config: dict[str, Any], tmp_path: Path) -> None:
 
 
 # The judge's is for a command without a Trainer, and is tested beside that.
-RUNS = sorted(path for path in Path("configs").rglob("*.yaml") if path.name != "judge.yaml")
+RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.name != "judge.yaml")
 
 
-@pytest.mark.parametrize("path", RUNS, ids=str)
+@pytest.mark.parametrize("path", RUNS, ids=relative)
 def test_config_builds_without_weights(path: Path) -> None:
-    cli = main(["--config", str(path)], run=False)
+    """By the command at its top: some files are laid over others."""
+    cli = main([f"--config={name}" for name in own_configs(path)], run=False)
     assert isinstance(cli.model, LightningModule)
     assert not cli.model.policy.is_built
     assert not list(cli.model.parameters())
