@@ -38,9 +38,9 @@ class Mixture(Conditioner):
             ends by one delta, ``split`` gives the output layer a delta of its own. By default
             ``logits`` splits and everything else keeps.
         mixing: ``auto`` merges in training, which then needs one preference per Lightning batch,
-            and mixes rows for several preferences elsewhere. ``row`` mixes in training too: for
-            small models, where several small batches cost more than the larger products.
-            ``merge`` never mixes rows.
+            and mixes rows for several preferences elsewhere. ``row`` takes several preferences in
+            training too, and merges for each of them, layer by layer, where many positions stand
+            under it. ``merge`` never mixes rows.
         coefficients: How (w, alpha) mix the deltas; ``Scaled()`` if None.
     """
 

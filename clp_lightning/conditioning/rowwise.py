@@ -17,9 +17,15 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..functional import linear
+from ..functional.grouped import grouped_linear
 from .base import Scope
 
 __all__ = ["Change", "mix_rows", "why_not_rows"]
+
+# Positions a preference from which merging for it costs less than one more product for every delta;
+# on GPUs an estimate.
+_WORTH_MERGING = {"cpu": 64}
+_WORTH_ELSEWHERE = 512
 
 Place = tuple[nn.Module, str]
 # Where a parameter stands, its deltas, and their columns of the coefficients.
@@ -101,24 +107,53 @@ def _forward(module: nn.Module, mixed: Mixed, scope: Scope, x: Tensor) -> Tensor
 
 
 def _linear(module: Any, mixed: Mixed, scope: Scope, x: Tensor) -> Tensor:
-    """Inputs scaled per row and sets of weights stacked along the input: one product."""
     assert scope.coefficients is not None
     weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-    if "weight" in mixed:
-        # Decoding calls a layer once a token; with gradients the stack is part of the graph.
-        reuse = not torch.is_grad_enabled()
-        stack = scope.cache.get(module) if reuse else None
-        if stack is None:
-            stack = _stack(weight, mixed["weight"], isinstance(module, Conv1D), scope)
-            if reuse:
-                scope.cache[module] = stack
-        weight, factors = stack
-        factors = factors.to(x).view(len(x), *[1] * (x.ndim - 2), -1, 1)
-        x = (x.unsqueeze(-2) * factors).flatten(-2)  # (rows, ..., sets * in)
-    out = linear(x, weight)
+    if "weight" not in mixed:
+        out = linear(x, weight)
+    elif rows := _rows_worth_merging(scope, x):
+        deltas, columns = mixed["weight"]
+        if isinstance(module, Conv1D):
+            deltas = [delta.T for delta in deltas]
+        out = grouped_linear(x, weight, deltas, scope.coefficients[::rows, columns])
+    else:
+        out = _mixed(module, mixed["weight"], scope, x, weight)
     if module.bias is not None:
         out = out + _rows(module, "bias", mixed, scope.coefficients, x.ndim)
     return out
+
+
+def _rows_worth_merging(scope: Scope, x: Tensor) -> int:
+    """Rows of every group of equal coefficients, if many positions stand in each; otherwise 0."""
+    assert scope.coefficients is not None
+    if "rows" not in scope.cache:
+        scope.cache["rows"] = _rows_alike(scope.coefficients)
+    rows: int = scope.cache["rows"]
+    positions = rows * x[0, ..., 0].numel()
+    return rows if positions >= _WORTH_MERGING.get(x.device.type, _WORTH_ELSEWHERE) else 0
+
+
+def _rows_alike(coefficients: Tensor) -> int:
+    """Length of the runs of equal coefficients; 0 where they differ in length or are learned."""
+    counts = coefficients.detach().unique_consecutive(dim=0, return_counts=True)[1]
+    alike = bool((counts == counts[0]).all()) and not coefficients.requires_grad
+    return int(counts[0]) if alike else 0
+
+
+def _mixed(
+    module: Any, mixed: tuple[list[Tensor], list[int]], scope: Scope, x: Tensor, weight: Tensor
+) -> Tensor:
+    """Inputs scaled per row and sets of weights stacked along the input: one product."""
+    # Decoding calls a layer once a token; with gradients the stack is part of the graph.
+    reuse = not torch.is_grad_enabled()
+    stack = scope.cache.get(module) if reuse else None
+    if stack is None:
+        stack = _stack(weight, mixed, isinstance(module, Conv1D), scope)
+        if reuse:
+            scope.cache[module] = stack
+    weight, factors = stack
+    factors = factors.to(x).view(len(x), *[1] * (x.ndim - 2), -1, 1)
+    return linear((x.unsqueeze(-2) * factors).flatten(-2), weight)  # (rows, ..., sets * in)
 
 
 def _stack(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["linear"]
+__all__ = ["linear", "product"]
 
 _WORTH = 2**20  # multiplications; a smaller product takes less time than a Python function does
 
@@ -44,12 +44,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _product(x, weight, bias)
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of two matrices, or of a batch of each, by the same choice of kernel.
+
+    For gradients that are written by hand; it has none.
+    """
+    if not _fits(left.numel() * right.shape[-1], left, right):
+        return left @ right
+    with _onednn():
+        return left @ right
+
+
 def _pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return _fits(x.numel() * len(weight), x, weight, bias) and (
+        type(weight) in (Tensor, nn.Parameter)  # not a shard, not quantised
+    )
+
+
+def _fits(multiplications: int, *tensors: Tensor | None) -> bool:
     return (
-        x.device.type == "cpu"
-        and x.numel() * len(weight) >= _WORTH
-        and all(t is None or t.dtype == torch.float32 for t in (x, weight, bias))
-        and type(weight) in (Tensor, nn.Parameter)  # not a shard, not quantised
+        multiplications >= _WORTH
+        and all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and _helps()

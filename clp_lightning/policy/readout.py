@@ -60,9 +60,7 @@ class InPieces(Readout):
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
         # They are the states before the output layer, (B, t, d).
-        pieces = zip(
-            logits.split(self.positions, 1), tokens.split(self.positions, 1), strict=True
-        )
+        pieces = zip(logits.split(self.positions, 1), tokens.split(self.positions, 1), strict=True)
         return torch.cat([self._read(*piece) for piece in pieces], dim=1)
 
     def _read(self, states: Tensor, tokens: Tensor) -> Tensor:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from clp_lightning import Mixture, Preference, Pretrained
-from tests.helpers import build_policy
+from clp_lightning import Mixture, Preference, Pretrained, Sampling, TransformersEngine
+from clp_lightning.conditioning import Gate, rowwise
+from clp_lightning.functional.grouped import grouped_linear
+from tests.helpers import build_policy, prompt_batch
 
 
 def test_what_is_conditioned(tiny_folder: Callable[..., Path]) -> None:
@@ -67,3 +70,53 @@ def test_merge_never_mixes_rows(tiny_folder: Callable[..., Path]) -> None:
         else:
             with pytest.raises(ValueError, match="mixing is 'merge'"):
                 conditioner.rows(two)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # linear layers, and Conv1D ones
+@pytest.mark.parametrize("targets", ["full", "attention"])
+@pytest.mark.parametrize("alike", [True, False])
+def test_groups_of_rows_may_be_merged(
+    tiny_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    targets: str,
+    alike: bool,
+) -> None:
+    policy = build_policy(tiny_folder(kind), Mixture(targets, mixing="row"), perturb=0.05)
+    batch = prompt_batch(["ab", "hello", "one more"])
+    rollout = TransformersEngine().generate(policy, batch, 2, Sampling(6))
+    if not alike:  # a response was dropped
+        rollout = rollout.select(torch.tensor([0, 1, 2, 4, 5]))
+    merges, found = 0, []
+
+    def watched(*args: Any) -> Any:
+        nonlocal merges
+        merges += 1
+        return grouped_linear(*args)
+
+    monkeypatch.setattr(rowwise, "grouped_linear", watched)
+    for positions in (10**9, 1):
+        monkeypatch.setattr(rowwise, "_WORTH_MERGING", {"cpu": positions})
+        policy.zero_grad()
+        with policy.conditioned(rollout.preference):
+            logp = policy.logprobs(rollout)
+        logp[rollout.response_mask].sum().backward()
+        grads = [p.grad for p in policy.trained_parameters().values() if p.grad is not None]
+        found.append([logp.detach()[rollout.response_mask], *grads])
+        assert (merges > 0) == (positions == 1 and alike)
+    for merged, mixed in zip(*found, strict=True):
+        torch.testing.assert_close(merged, mixed, atol=1e-4, rtol=1e-4)
+
+
+def test_learned_coefficients_keep_their_gradient(
+    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rowwise, "_WORTH_MERGING", {"cpu": 1})
+    conditioner = Mixture("attention", mixing="row", coefficients=Gate())
+    policy = build_policy(tiny_folder("llama"), conditioner, perturb=0.05)
+    rollout = TransformersEngine().generate(policy, prompt_batch(["ab", "hello"]), 2, Sampling(4))
+    with policy.conditioned(rollout.preference):
+        policy.logprobs(rollout).sum().backward()
+    assert any(
+        p.grad is not None and bool(p.grad.any()) for p in conditioner.coefficients.parameters()
+    )
