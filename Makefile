@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: install quickstart lint docs notebooks test test-all benchmark-exact benchmark-memory benchmark-smollm2 \
-	benchmark-step benchmark-conditioning benchmark-scaling clean
+	benchmark-step benchmark-conditioning benchmark-scaling tiny-t5 clean
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -81,6 +81,11 @@ benchmark-scaling: install
 # Five methods and two seeds on SmolLM2, about two hours on two cores: benchmarks/smollm2/README.md.
 benchmark-smollm2: install
 	$(BIN)/python -m benchmarks.smollm2.run --jobs $(JOBS)
+
+# A tiny T5 from random weights to a dial by five methods, about ten minutes on two cores:
+# benchmarks/tiny_t5/README.md. Fails where full-CLP's dial does not pass.
+tiny-t5: install
+	$(BIN)/python -m benchmarks.tiny_t5.run --jobs $(JOBS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
