@@ -50,10 +50,18 @@ class Kill(Callback):
             self._kill("validation", trainer)
 
 
-def in_child(function: Callable[..., Any], *args: Any, timeout: float = 120) -> int:
-    """Exit status of ``function(*args)`` in a forked process: minus the signal that ended it."""
+def in_child(
+    function: Callable[..., Any], *args: Any, timeout: float = 120, kill_after: float = 0
+) -> int:
+    """Exit status of ``function(*args)`` in a forked process: minus the signal that ended it.
+
+    With ``kill_after`` it is killed after that many seconds, if it has not ended.
+    """
     child = multiprocessing.get_context("fork").Process(target=function, args=args)
     child.start()
+    if kill_after:
+        child.join(kill_after)
+        child.kill()
     child.join(timeout)
     if child.exitcode is None:
         child.kill()

@@ -1,0 +1,143 @@
+"""Killed at any moment and resumed, a run ends where the uninterrupted one does, bit by bit."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from clp_lightning.cli import main
+from tests.killing import MOMENTS, PHASES
+from tests.processes import in_child
+from tests.runs import read_lines, run_config, write_config
+from tests.test_resume import same
+
+STEPS = 12  # three passes over the data
+LIMITS = dict.fromkeys(PHASES, 4) | {"statistics": 2, "optimizer": 2, "checkpoint": 2}
+CHAINS = 8
+
+
+def config_of(folder: Path, base: Path) -> str:
+    config = run_config(folder, base, max_steps=STEPS, val_check_interval=6)  # every three steps
+    tensorboard = {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": str(folder), "name": "run", "version": ""},
+    }
+    config["trainer"]["logger"] = [config["trainer"]["logger"], tensorboard]
+    config["trainer"]["callbacks"][2]["init_args"]["every_n_train_steps"] = 2
+    config["data"]["init_args"]["eval_batch_size"] = 1
+    return write_config(folder / "config.yaml", config)
+
+
+def fit(folder: Path, base: Path, number: int, kill: list[str], limit: float = 0) -> int:
+    """One process of a run; ``last`` loads nothing where there is nothing yet."""
+    args = ["fit", "--config", config_of(folder, base), "--ckpt_path=last", *kill]
+    record = folder / f"record-{number}"
+    args += ["--model.engine=tests.runs.Recorder", f"--model.engine.path={record}"]
+    return in_child(main, args, kill_after=limit)
+
+
+def at(phase: str, draw: random.Random) -> list[str]:
+    return [
+        "--trainer.callbacks+=tests.killing.KillAt",
+        f"--trainer.callbacks.phase={phase}",
+        f"--trainer.callbacks.entry={draw.randint(1, LIMITS[phase])}",
+        f"--trainer.callbacks.moment={draw.choice(MOMENTS)}",
+    ]
+
+
+def tokens(folder: Path) -> dict[tuple[int, ...], Any]:
+    """What was sampled for each batch; equal batches must agree, whoever sampled them."""
+    found: dict[tuple[int, ...], Any] = {}
+    for path in folder.glob("record-*"):
+        for record in read_lines(path):
+            key = (record["epoch"], *record["prompt_ids"])
+            if record["epoch"] < 2**31:
+                assert found.setdefault(key, record) == record
+    return found
+
+
+def front(folder: Path) -> Any:
+    found = json.loads((folder / "run/front.json").read_text())
+    del found["cost"]["wall_s"], found["checkpoint"]
+    return found
+
+
+def logged(folder: Path) -> tuple[list[Any], list[Any]]:
+    """Steps with their names, of the CSV file and of TensorBoard."""
+    with (folder / "run/metrics.csv").open(newline="") as file:
+        rows = [(int(r["step"]), name) for r in csv.DictReader(file) for name in r if r[name]]
+    events = EventAccumulator(str(folder / "run"), size_guidance={"scalars": 0}).Reload()
+    names = events.Tags()["scalars"]
+    scalars = [(event.step, name) for name in names for event in events.Scalars(name)]
+    plain = [row for row in rows if row[1] not in ("step", "epoch")]
+    return plain, [entry for entry in scalars if entry[1] not in ("epoch", "hp_metric")]
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, float]:
+    """Folder and seconds of the run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    begun = time.monotonic()
+    assert fit(folder, tiny_folder(), 0, []) == 0
+    assert len(tokens(folder)) == STEPS * 2
+    return folder, time.monotonic() - begun
+
+
+def assert_same_end(folder: Path, expected: Path) -> None:
+    found, wanted = (
+        torch.load(path / "run/checkpoints/last.ckpt", weights_only=True)
+        for path in (folder, expected)
+    )
+    for key in ("state_dict", "optimizer_states", "global_step"):
+        assert same(found[key], wanted[key]), key
+    assert tokens(folder) == tokens(expected)
+    assert front(folder) == front(expected)
+    for here, there in zip(logged(folder), logged(expected), strict=True):
+        assert max(Counter(here).values()) == 1, Counter(here).most_common(3)
+        assert set(here) <= set(there)
+        # What a checkpoint was written before is lost when the kill comes between the two.
+        assert len(set(there) - set(here)) < len(there) / 2
+    left = {path.name for path in (folder / "run/checkpoints").iterdir()}
+    assert left <= {"last.ckpt", "previous.ckpt", ".last.ckpt.partial"}
+
+
+def test_killed_in_a_checkpoint_and_in_a_rollout(
+    whole: tuple[Path, float], tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    draw = random.Random(1)
+    for number, phase in enumerate(["checkpoint", "rollout"]):
+        assert fit(tmp_path, tiny_folder(), number, at(phase, draw)) == -signal.SIGKILL
+    assert fit(tmp_path, tiny_folder(), 2, []) == 0
+    assert_same_end(tmp_path, whole[0])
+
+
+@pytest.mark.slow
+def test_fifty_kills(
+    whole: tuple[Path, float], tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    killed: Counter[str] = Counter()
+    for chain in range(CHAINS):
+        draw, folder = random.Random(chain), tmp_path / str(chain)
+        later = PHASES[1:]
+        draw.shuffle(later)
+        for number, phase in enumerate(["statistics", *later, "any"]):
+            limit = draw.uniform(0, whole[1]) if phase == "any" else 0
+            status = fit(folder, tiny_folder(), number, [] if limit else at(phase, draw), limit)
+            assert status in (0, -signal.SIGKILL)
+            killed[phase] += status != 0
+        assert fit(folder, tiny_folder(), 99, []) == 0
+        assert_same_end(folder, whole[0])
+    assert killed.total() >= 50 and min(killed[phase] for phase in PHASES) >= 5, killed
