@@ -41,8 +41,9 @@ def commands(path: Path) -> list[list[str]]:
 
 
 def own_configs(path: Path) -> list[str]:
-    """The ``--config`` arguments of the command that builds on this file."""
-    own = next(command for command in commands(path) if relative(path) in command)
+    """The ``--config`` arguments of the header's command with this file, or the file alone."""
+    alone = ["--config", relative(path)]
+    own = next((command for command in commands(path) if relative(path) in command), alone)
     return [arg for flag, arg in pairwise(own) if flag == "--config"]
 
 

@@ -38,6 +38,7 @@ QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=
 @pytest.mark.parametrize("path", SUITE, ids=relative)
 def test_the_header_says_command_hardware_and_what_is_expected(path: Path) -> None:
     assert path.read_text().startswith("# ")
+    assert any(relative(path) in command for command in commands(path))
     assert own_configs(path)[-1] == relative(path)
     assert all((CONFIGS.parent / name).is_file() for name in own_configs(path))
     assert len(field(path, "hardware")) == len(field(path, "not measured yet")) == 1
