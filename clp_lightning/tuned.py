@@ -85,6 +85,7 @@ def merge_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
             f"The adapter '{name}' is of type {config.peft_type}, which is no change of weights "
             "and cannot be merged. Give a LoRA."
         )
+    config.task_type = None  # of a head, which the model here may not have
     # PEFT draws initial weights that are overwritten, and warns of ties that are undone here.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
         try:

@@ -14,7 +14,15 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from clp_lightning import LoRA, Mixture, Policy, Preference, Pretrained, SteerablePolicy
+from clp_lightning import (
+    LoRA,
+    Mixture,
+    Policy,
+    Preference,
+    Pretrained,
+    RewardModule,
+    SteerablePolicy,
+)
 from clp_lightning.conditioning import Conditioner
 from clp_lightning.export import export_adapter, export_model
 from clp_lightning.pretrained import check_available, fingerprint, load_model
@@ -156,6 +164,19 @@ def test_a_run_starts_at_kl_0_and_is_read_again(tuned: Pretrained, tmp_path: Pat
     for place in (tmp_path, tmp_path / "saved"):
         with pytest.raises(FileNotFoundError, match="The adapter '.*tuned' was not found. Looked"):
             SteerablePolicy.from_pretrained(place)
+
+
+def test_a_reward_model_starts_from_it_too(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tiny_folder("llama")
+    adapter = tune(base, tmp_path / "tuned", "llama", task_type="CAUSAL_LM", **TARGETS["llama"])
+    module = RewardModule(Pretrained(str(base), adapter=str(adapter)))
+    module.configure_model()
+    trunk = module.policy.model.base_model
+    tuned = PeftModel.from_pretrained(plain_model(base, "llama"), adapter).eval()
+    expected = tuned.get_base_model().model(IDS).last_hidden_state
+    torch.testing.assert_close(trunk(IDS).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", list(CONDITIONERS))

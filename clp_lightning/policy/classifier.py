@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from .. import pretrained as pretrained_models
 from ..conditioning import Unconditioned
 from ..pretrained import Pretrained
+from ..tuned import merge_adapter
 from ..types import Message
 from .policy import Policy
 
@@ -90,7 +91,7 @@ class Classifier(Policy):
                 f"The files of '{spec.name}' hold no weights for {', '.join(lacking[:5])} of "
                 f"{type(model).__name__}, which would be random. Use another base."
             )
-        return model
+        return model if spec.adapter is None else merge_adapter(model, spec.adapter)
 
     def tokens(
         self, texts: Sequence[str | list[Message] | tuple[str, str]]
