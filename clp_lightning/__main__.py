@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -61,9 +62,19 @@ def run(args: list[str] | None = None) -> None:
     except (ValueError, OSError, ModuleNotFoundError, RewardError, TrainingDiverged) as error:
         if os.environ.get("CLP_LIGHTNING_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{_remedy(error)}", file=sys.stderr)
         print("(CLP_LIGHTNING_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
         sys.exit(2)
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about an error of the operating system, which says only what is wrong."""
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ". Make room there; --ckpt_path last goes on from the last checkpoint."
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return ". Give another path, for what a run writes another save_dir of its logger."
+    return ""
 
 
 def _run_tool(name: str, *args: str) -> None:

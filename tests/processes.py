@@ -51,17 +51,22 @@ class Kill(Callback):
 
 
 def in_child(
-    function: Callable[..., Any], *args: Any, timeout: float = 120, kill_after: float = 0
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 120,
+    kill_after: float = 0,
+    by: int = signal.SIGKILL,
 ) -> int:
     """Exit status of ``function(*args)`` in a forked process: minus the signal that ended it.
 
-    With ``kill_after`` it is killed after that many seconds, if it has not ended.
+    With ``kill_after`` it gets the signal ``by`` after that many seconds, if it has not ended.
     """
     child = multiprocessing.get_context("fork").Process(target=function, args=args)
     child.start()
     if kill_after:
         child.join(kill_after)
-        child.kill()
+        if child.exitcode is None and child.pid is not None:
+            os.kill(child.pid, by)
     child.join(timeout)
     if child.exitcode is None:
         child.kill()
