@@ -160,10 +160,14 @@ def test_a_run_starts_at_kl_0_and_is_read_again(tuned: Pretrained, tmp_path: Pat
     torch.testing.assert_close(asked(saved.policy, preference), expected)
 
     assert tuned.adapter is not None
-    shutil.rmtree(tuned.adapter)
+    moved = shutil.move(tuned.adapter, tmp_path / "moved")
+    here = Pretrained(tuned.name, adapter=str(moved))
+    message = "The adapter '.*tuned' was not found. Looked.* or in Python base=Pretrained"
     for place in (tmp_path, tmp_path / "saved"):
-        with pytest.raises(FileNotFoundError, match="The adapter '.*tuned' was not found. Looked"):
+        with pytest.raises(FileNotFoundError, match=message):
             SteerablePolicy.from_pretrained(place)
+        found = SteerablePolicy.from_pretrained(place, base=here)
+        torch.testing.assert_close(asked(found.policy, preference), expected)
 
 
 def test_a_reward_model_starts_from_it_too(

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import __version__
 from ..functional import check_alpha, check_weights
 from ..policy import Engine, Policy, Sampling, TransformersEngine
+from ..pretrained import Pretrained
 from ..types import Preference, Prompt, PromptBatch, Rollout
 from .card import PICTURE, model_card
 from .checkpoint import read_checkpoint
@@ -62,7 +63,7 @@ class SteerablePolicy:
         cls,
         path: str | Path,
         *,
-        base: str | None = None,
+        base: str | Pretrained | None = None,
         revision: str | None = None,
         engine: Engine | None = None,
         device: str | torch.device | None = None,
@@ -72,7 +73,8 @@ class SteerablePolicy:
 
         Args:
             path: A saved policy's folder, a run's folder, a .ckpt file, or a name on the hub.
-            base: Where the base lies, if not where the policy says.
+            base: Where the base lies, if not where the policy says; a ``Pretrained`` says where the
+                adapter lies too that it was tuned with.
             revision: Branch, tag or commit on the hub.
             engine: What samples responses.
             device: Where to compute; the first GPU if there is one, else the CPU.

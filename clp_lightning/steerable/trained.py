@@ -48,11 +48,13 @@ class Trained:
     front: dict[str, Any] | None
     state: Mapping[str, Tensor]
 
-    def on_base(self, name: str | None) -> Trained:
-        """The same on a base that lies elsewhere."""
-        if name is None:
+    def on_base(self, base: str | Pretrained | None) -> Trained:
+        """The same on a base that lies elsewhere; a name alone leaves the adapter where it is."""
+        if base is None:
             return self
-        return replace(self, pretrained=replace(self.pretrained, name=name, revision=None))
+        if isinstance(base, str):
+            base = replace(self.pretrained, name=base, revision=None)
+        return replace(self, pretrained=base)
 
     def build(self) -> Policy:
         """The policy with its weights, in eval mode.
@@ -64,8 +66,11 @@ class Trained:
         try:
             mark = fingerprint(self.pretrained)
         except FileNotFoundError as error:
+            where = "base=FOLDER_OR_NAME"
+            if self.pretrained.adapter is not None:
+                where += ", or in Python base=Pretrained(FOLDER_OR_NAME, adapter=FOLDER_OR_NAME)"
             raise FileNotFoundError(
-                f"{error} If the base lies elsewhere, say where: base=FOLDER_OR_NAME."
+                f"{error} If the base lies elsewhere, say where: {where}."
             ) from error
         if mark != self.fingerprint:
             raise ValueError(
