@@ -11,8 +11,7 @@ from typing import Any
 import yaml
 from datasets import Dataset, DatasetDict
 
-from tests.rewards.test_heads import save_classifier
-from tests.rewards.test_nli import nli_model
+from tests.rewards.classifiers import nli_model, save_classifier
 from tests.tiny import VOCABULARY, save_tiny
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -12,46 +12,15 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
 )
 
 from clp_lightning.rewards import ClassifierHead, RewardBank, Support
 from clp_lightning.rewards.heads import MINILM
+from tests.rewards.classifiers import save_classifier
 from tests.rewards.rollouts import rollout
-from tests.tiny import PAD, VOCABULARY, tiny_tokenizer
 
 TEXTS = ["Yes.", "No, it is not so.", "", "Perhaps tomorrow"]
 PROMPTS = ["Is it? ", "Well: ", "And now? ", "When? "]
-
-
-def save_classifier(
-    folder: Path, kind: str, labels: list[str], chat: bool = False, problem: str | None = None
-) -> Path:
-    """A random classifier beside the character tokenizer of the tiny models."""
-    tiny_tokenizer(chat=chat).save_pretrained(folder)
-    common: dict[str, Any] = {
-        "vocab_size": len(VOCABULARY),
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "initializer_range": 0.5,
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: i for i, label in enumerate(labels)},
-        "pad_token_id": PAD,
-        "problem_type": problem,
-    }
-    torch.manual_seed(0)
-    model: Any
-    if kind == "bert":
-        model = BertForSequenceClassification(BertConfig(**common))
-    else:
-        model = LlamaForSequenceClassification(LlamaConfig(**common))
-    model.save_pretrained(folder)
-    return folder
 
 
 @torch.no_grad()

@@ -2,51 +2,36 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedTokenizerFast,
 )
 
 from clp_lightning import NLIClassifier, NLITextToText, RewardBank, RewardError
+from tests.rewards.classifiers import nli_model, save_classifier
 from tests.rewards.rollouts import rollout
-from tests.rewards.test_heads import save_classifier
 from tests.tiny import PAD
 
 DOCUMENTS = ["The tea is hot.", "An owl slept in the old barn all day long.", "Fog."]
 SUMMARIES = ["Tea is hot.", "An owl sang", ""]
-LABELS = ["contradiction", "neutral", "entailment"]
-
-
-def nli_model(folder: Path, labels: list[str] = LABELS, order: tuple[int, ...] = (0, 1, 2)) -> str:
-    """A random classifier; row i of its head, and label i, is row ``order[i]`` of the plain one.
-
-    Its tokenizer joins pairs as BERT's does: text <eos> text <eos>.
-    """
-    save_classifier(folder, "bert", [labels[i] for i in order])
-    model: Any = AutoModelForSequenceClassification.from_pretrained(folder)
-    model.classifier.weight.data = model.classifier.weight.data[list(order)]
-    model.classifier.bias.data = torch.tensor([0.3, -0.2, 0.1])[list(order)]
-    model.save_pretrained(folder)
-    path = folder / "tokenizer.json"
-    core = json.loads(path.read_text())
-    mark = {"SpecialToken": {"id": "<eos>", "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    core["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [first, mark],
-        "pair": [first, mark, second, mark],
-        "special_tokens": {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}},
-    }
-    path.write_text(json.dumps(core))
-    return str(folder)
 
 
 def scores(reward: Any, completions: list[str] = SUMMARIES, **columns: Any) -> torch.Tensor:
@@ -211,6 +196,39 @@ def test_text_to_text_cuts_the_document_only(tiny_folder: Callable[..., Path]) -
     torch.testing.assert_close(got, answered(folder, texts, [one]), rtol=1e-4, atol=1e-5)
     with pytest.raises(RewardError, match=r"leaves no room for a document: 40 tokens.*reads 40"):
         scores(head, ["It is tea, green o", "Tea."], document=documents)
+
+
+def test_the_cut_is_between_pieces_of_words(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As T5's tokenizer makes them: spaces belong to words, and runs of them are one."""
+    core = Tokenizer(models.Unigram())
+    core.normalizer = normalizers.Replace(Regex(" {2,}"), " ")
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    text = "premise: the tea is hot and the fog is cold hypothesis: an owl slept 1 0"
+    trainer = trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>"
+    )
+    core.train_from_iterator([text] * 50, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single=["$A", "</s>"], special_tokens=[("</s>", 1)]
+    )
+    folder = shutil.copytree(tiny_folder("t5"), tmp_path / "pieces")
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", eos_token="</s>", pad_token="<pad>"
+    )
+    own.save_pretrained(folder)
+
+    pair = ("the  tea is   hot and the fog is cold", "an owl slept")
+    head = NLITextToText(str(folder))
+    head.load()
+    (whole,) = head.tokenize([pair])["input_ids"].tolist()
+    assert whole == own(f"premise: {pair[0]} hypothesis: {pair[1]}")["input_ids"]
+    tail = own(f" hypothesis: {pair[1]}")["input_ids"]
+    for cut in (1, 2, 5):
+        head.max_length = len(whole) - cut
+        (ids,) = head.tokenize([pair])["input_ids"].tolist()
+        assert ids == whole[: len(whole) - len(tail) - cut] + tail
 
 
 def test_models_that_cannot_answer_are_refused(
