@@ -59,6 +59,8 @@ class CLI(LightningCLI):
         forks = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
         unswept = fronts and not forks and not any(front.swept for front in fronts)
         if unswept and getattr(self.datamodule, "has_eval_prompts", True):
+            # Loggers ask for this number, which a checkpoint of the last step has one too low.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
             self.trainer.validate(self.model, datamodule=self.datamodule)
 
 

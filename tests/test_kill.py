@@ -108,8 +108,8 @@ def assert_same_end(folder: Path, expected: Path) -> None:
     for here, there in zip(logged(folder), logged(expected), strict=True):
         assert max(Counter(here).values()) == 1, Counter(here).most_common(3)
         assert set(here) <= set(there)
-        # What a checkpoint was written before is lost when the kill comes between the two.
-        assert len(set(there) - set(here)) < len(there) / 2
+        # Lightning logs a step after its checkpoint, at every second step: a kill may come between.
+        assert {step for step, _ in set(there) - set(here)} <= set(range(1, STEPS, 2))
     left = {path.name for path in (folder / "run/checkpoints").iterdir()}
     assert left <= {"last.ckpt", "previous.ckpt", ".last.ckpt.partial"}
 

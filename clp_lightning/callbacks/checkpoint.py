@@ -39,6 +39,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     _told = False  # of SIGTERM
     _leaving = False
+    _steps_done = 0  # by the run that is resumed
 
     def __init__(
         self,
@@ -62,15 +63,23 @@ class RunCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._told = self._leaving = False
+        self._steps_done = 0
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._steps_done = checkpoint["global_step"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        go_on(trainer.loggers, self._steps_done)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         # A resumed ModelCheckpoint does not know that this step is saved, and would save it again
         # after the first batch of the next one, whose gradient a second resume would then lack.
         self._last_global_step_saved = trainer.global_step
-        go_on(trainer.loggers, trainer.global_step)
         # Lightning's own handler broadcasts, in the middle of whatever the ranks are at, and ends
         # the run in the middle of a step. It is put back by Lightning, which restores all.
         self._told = trainer.received_sigterm
