@@ -22,6 +22,7 @@ commands:
   steer      answers under a preference: to a prompt, a file, in a sweep, or interactively
   pick       finds the preference that has most of one reward and enough of the others
   export     one preference as a plain Hugging Face folder, or as one PEFT adapter
+  plan       the memory of a run on each device, by part, before it is started
   compare    several runs beside each other, in one table and one figure
   judge      which of two runs a language model prefers, side by side
 
@@ -31,7 +32,7 @@ commands:
 """
 
 
-TOOLS = ("compare", "export", "judge", "pick", "steer")
+TOOLS = ("compare", "export", "judge", "pick", "plan", "steer")
 """Each is a function in the module of its name; it needs no Trainer."""
 COMMANDS = ("fit", "validate", "test", "predict", *TOOLS)
 
@@ -78,7 +79,7 @@ def _remedy(error: Exception) -> str:
 
 
 def _run_tool(name: str, *args: str) -> None:
-    from jsonargparse import auto_cli
+    from jsonargparse import ActionConfigFile, ArgumentParser
 
     function = getattr(import_module(f".{name}", __package__), name)
     parameters = signature(function).parameters.values()
@@ -92,8 +93,13 @@ def _run_tool(name: str, *args: str) -> None:
         if parameter.annotation == "list[str]":  # it has no lists of bare arguments either
             bare, said = _bare(said)
             said += [f"--{parameter.name}={json.dumps(bare)}"] if bare else []
-    prog = f"python -m clp_lightning {name}"
-    auto_cli(function, args=said, as_positional=False, prog=prog)
+    # Not its `auto_cli`, which keeps an argument called `config` to itself.
+    parser = ArgumentParser(prog=f"python -m clp_lightning {name}")
+    if "config" not in signature(function).parameters:
+        parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with options.")
+    parser.add_function_arguments(function, as_positional=False)
+    options = parser.instantiate(parser.parse_args(said)).as_dict()
+    function(**{p.name: options[p.name] for p in parameters})
 
 
 def _bare(args: list[str]) -> tuple[list[str], list[str]]:

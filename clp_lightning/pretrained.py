@@ -41,6 +41,7 @@ __all__ = [
     "fingerprint",
     "load_config",
     "load_model",
+    "load_skeleton",
     "load_tokenizer",
     "locate",
     "stop_ids",
@@ -172,9 +173,7 @@ def load_model(
     if spec.adapter is not None:
         find_adapter(spec.adapter)  # an early error: the weights may be large
     config = load_config(spec)
-    if auto_class is None:
-        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model, loading = auto_class.from_pretrained(
+    model, loading = (auto_class or _auto_class(config)).from_pretrained(
         locate(spec),
         config=config,
         dtype=getattr(torch, spec.dtype),
@@ -191,6 +190,40 @@ def load_model(
             "random. Use a model that was saved with this head."
         )
     return model if spec.adapter is None else merge_adapter(model, spec.adapter)
+
+
+def load_skeleton(
+    spec: str | Mapping[str, Any] | Pretrained, auto_class: Any = None
+) -> PreTrainedModel:
+    """The model of ``spec`` on the meta device: every shape and no weight.
+
+    Args:
+        spec: Which model; only its configuration is read.
+        auto_class: As in ``load_model``.
+
+    Raises:
+        ValueError: it is quantised, which only loading does.
+        FileNotFoundError, ModuleNotFoundError: as ``check_available``.
+    """
+    spec = as_pretrained(spec)
+    if spec.quantization_config is not None:
+        raise ValueError(
+            f"'{spec.name}' is quantised on loading, so its size is not known before; leave "
+            "quantization_config out to count it in its dtype."
+        )
+    config = load_config(spec)
+    with torch.device("meta"):
+        model: PreTrainedModel = (auto_class or _auto_class(config)).from_config(
+            config,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation=spec.attn_implementation,
+            trust_remote_code=spec.trust_remote_code,
+        )
+    return model
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def load_tokenizer(spec: str | Mapping[str, Any] | Pretrained) -> PreTrainedTokenizerBase:

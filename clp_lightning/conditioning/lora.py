@@ -151,8 +151,8 @@ class LoRA(Conditioner):
         factors = scope.cache.get(layer) if reuse else None
         if factors is None:
             down, up = self._stack(layer)
-            mix = scope.coefficients[:, columns.to(x.device)]  # (rows, R)
-            factors = (down, up, mix.to(down.dtype))
+            columns = columns.to(scope.coefficients.device)
+            factors = (down, up, scope.coefficients[:, columns].to(down))  # the mix: (rows, R)
             if reuse:
                 scope.cache[layer] = factors
         down, up, mix = factors

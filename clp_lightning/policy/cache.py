@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
-__all__ = ["grow_in_place"]
+__all__ = ["grow_in_place", "make_full"]
 
 _ROOM = 32  # tokens; so often is a layer copied, and so much memory may stand idle in every row
 
@@ -20,8 +20,19 @@ def grow_in_place(cache: Cache) -> None:
     gradient is recorded: autograd forbids writing into what it has seen. Layers that forget
     (sliding windows) stay as they are.
     """
-    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    own = _own(cache)
     own.layers = [_Roomy(layer) if type(layer) is DynamicLayer else layer for layer in own.layers]
+
+
+def make_full(cache: Cache, tokens: int) -> None:
+    """A cache that grows in place as it is behind ``tokens`` more of every row, without values."""
+    for layer in _own(cache).layers:
+        if isinstance(layer, _Roomy):
+            layer.make_full(tokens)
+
+
+def _own(cache: Cache) -> Cache:
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 class _Roomy(DynamicLayer):
@@ -44,6 +55,12 @@ class _Roomy(DynamicLayer):
         self.keys[..., start:, :] = key_states
         self.values[..., start:, :] = value_states
         return self.keys, self.values
+
+    def make_full(self, tokens: int) -> None:
+        assert self.keys is not None and self.values is not None, "a prompt was read"
+        end = self.get_seq_length() + tokens
+        self._whole = [_with_room(x, end + _ROOM) for x in (self.keys, self.values)]
+        self.keys, self.values = (whole[..., :end, :] for whole in self._whole)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)

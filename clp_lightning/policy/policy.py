@@ -83,14 +83,24 @@ class Policy(nn.Module):
         if self.is_built:
             return
         self.tokenizer = pretrained_models.load_tokenizer(self.pretrained)
-        self.model = pretrained_models.load_model(self.pretrained)
-        self.conditioner.attach_once(self.model, names, seed)
-        speed_up_linears(self.model)
+        self.attach(pretrained_models.load_model(self.pretrained), names, seed)
+        self.stop_ids = pretrained_models.stop_ids(self.model, self.tokenizer)
+
+    def attach(self, model: PreTrainedModel, names: Sequence[str], seed: int) -> None:
+        """Makes ``model`` the base: conditioned, and ready to train.
+
+        Args:
+            model: With weights, or without them on the meta device.
+            names: As in ``build``.
+            seed: As in ``build``.
+        """
+        self.model = model
+        self.conditioner.attach_once(model, names, seed)
+        speed_up_linears(model)
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": self.conditioner.checkpoint_context}
             )
-        self.stop_ids = pretrained_models.stop_ids(self.model, self.tokenizer)
         # Transformers returns eval mode, and checkpoints activations only in train mode. The
         # policy has no dropout, so nothing else depends on it.
         self.train()
@@ -212,7 +222,7 @@ class Policy(nn.Module):
         if not self.is_reference:
             return ids, mask, groups
         # The reference reads a prompt once, whatever the preferences.
-        groups = rollout.prompt_ids.unique(return_inverse=True)[1].to(ids.device)
+        groups = rollout.prompt_ids.unique(return_inverse=True)[1].to(groups.device)
         if rollout.reference_input_ids is not None:
             assert rollout.reference_prompt_mask is not None
             ids, mask = rollout.reference_input_ids, rollout.reference_prompt_mask
