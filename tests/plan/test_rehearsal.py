@@ -66,7 +66,6 @@ def test_a_longer_step_takes_more_and_checkpointing_less(tiny_folder: Callable[.
     short, long = activations(32), activations(64)
     assert short < long < 2.1 * short
     assert activations(64, gradient_checkpointing=True) < long * 2 / 3
-    assert activations(64, kl="vocabulary", max_new_tokens=32) > activations(64, max_new_tokens=32)
 
 
 def base_parameters(base: Path) -> list[torch.nn.Parameter]:
