@@ -12,8 +12,8 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Processes that share cores must not spin while they wait for each other.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install quickstart lint docs notebooks test test-all benchmark-exact benchmark-memory benchmark-smollm2 \
-	benchmark-step benchmark-conditioning benchmark-scaling tiny-t5 clean
+.PHONY: install quickstart consistency lint docs notebooks test test-all benchmark-exact \
+	benchmark-memory benchmark-smollm2 benchmark-step benchmark-conditioning benchmark-scaling tiny-t5 clean
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -31,6 +31,12 @@ $(STAMP): pyproject.toml constraints.txt requirements-models.txt
 quickstart: install
 	$(BIN)/python -m clp_lightning fit --config configs/warmup.yaml
 	$(BIN)/python -m clp_lightning fit --config configs/quickstart.yaml
+
+# A trained reward head, then CLP between it, ROUGE and brevity: docs/howto/consistency.md.
+consistency: install
+	$(BIN)/python -m clp_lightning fit --config configs/consistency/head.yaml
+	$(BIN)/python -m clp_lightning fit --config configs/warmup.yaml
+	$(BIN)/python -m clp_lightning fit --config configs/consistency.yaml
 
 lint: install
 	$(BIN)/ruff check .
