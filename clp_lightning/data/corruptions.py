@@ -79,7 +79,7 @@ class Summaries:
             own = self.frequency[word] or 1
             near: list[tuple[float, str]] = []
             for group in self._by_length:
-                # No more of one length can be among the nearest of all.
+                # Of one length no others can be among the nearest, unless many are forms of it.
                 middle = bisect_left(group, (own, word))
                 for count, other in group[max(middle - 2 * _CHOICE, 0) : middle + 2 * _CHOICE]:
                     if other[:_STEM] != word[:_STEM]:

@@ -96,6 +96,7 @@ class RewardModule(PolicyModule):
     def configure_model(self) -> None:
         with float32_by_default():
             self.policy.build(seed=self.seed)
+        self.shard()
 
     @property
     def tally(self) -> Tally:
@@ -143,14 +144,16 @@ class RewardModule(PolicyModule):
         # In double, else large scores are ties. Probabilities, because torchmetrics would make them
         # of one batch's scores and not of another's.
         scores, good = scores.double().sigmoid(), good.long()
-        self.auc.update(scores, good)
-        self.log("val/auc", self.auc)
+        everywhere = torch.ones_like(good, dtype=torch.bool)
         rows = groups * (len(scores) // max(len(groups), 1))
-        metrics: Any = self.aucs
-        for value, metric in zip(self.auc_values, metrics, strict=True):
-            where = torch.tensor([row == value for row in rows], device=scores.device)
+        aucs: Any = self.aucs
+        parts = {"auc": (self.auc, everywhere)}
+        for value, metric in zip(self.auc_values, aucs, strict=True):
+            here = torch.tensor([row == value for row in rows], device=scores.device)
+            parts[f"auc/{value}"] = (metric, here)
+        for name, (metric, where) in parts.items():
             metric.update(scores[where], good[where])
-            self.log(f"val/auc/{value}", metric)
+            self.log(f"val/{name}", metric)
 
     def on_validation_epoch_end(self) -> None:
         step = self.tally.reduce(self.sum_over_ranks)
