@@ -73,8 +73,8 @@ def judge(
     if prompts is not None and prompts < 1:
         raise ValueError(f"prompts must be at least 1; got {prompts}.")
     pairs, unmatched = read_pairs(first, second)
-    chosen = sorted({pair.prompt_id for pair in pairs})[:prompts]
-    pairs = [pair for pair in pairs if pair.prompt_id in set(chosen)]
+    chosen = {*sorted({pair.prompt_id for pair in pairs})[:prompts]}
+    pairs = [pair for pair in pairs if pair.prompt_id in chosen]
     endpoint.check()
     print(f"judging {len(pairs)} pairs on {len(chosen)} prompts", file=sys.stderr)
     found = asyncio.run(judge_pairs(pairs, endpoint, rubric, pattern, on_fault))

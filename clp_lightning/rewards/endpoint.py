@@ -107,25 +107,12 @@ class Endpoint(Described):
             ValueError: there is no key, or the server refuses it.
             ConnectionError: nobody answers at ``base_url``.
         """
-        key = self._key()
-        client = _openai().OpenAI(
-            api_key=key,
-            base_url=self.base_url,
-            timeout=min(self.timeout, _PROBE_SECONDS),
-            max_retries=1,
-        )
-        if next(self._folder().glob("*/*.json"), None) is not None:
-            return
-        failure: Exception | None = None
-        with client:
-            try:
-                client.models.list()
-            except _openai().NotFoundError:
-                return  # not every server lists its models, but this one is there
-            except Exception as error:
-                failure = self._fatal(error, key) or self._unreachable(error, key)
-        if failure is not None:  # outside, because the client's error knows the request's headers
-            raise failure
+        _openai()
+        self._key()
+        if next(self._folder().glob("*.json"), None) is None:
+            failure = self._probe()
+            if failure is not None:  # raised where no frame holds the key, as in ask()
+                raise failure
 
     async def ask(self, questions: Sequence[str], read: Callable[[str], T]) -> list[T | NoAnswer]:
         """Put every question, equal ones once; those that were answered before are not asked.
@@ -149,11 +136,16 @@ class Endpoint(Described):
                     found[question] = read(text)
         missing = [question for question in dict.fromkeys(questions) if question not in found]
         if missing:
-            answers = await self._ask_server(missing, read)
+            answers, failure = await self._ask_server(missing, read)
+            if failure is not None:
+                raise failure
             found.update(zip(missing, answers, strict=True))
         return [found[question] for question in questions]
 
-    async def _ask_server(self, questions: list[str], read: Callable[[str], T]) -> list[Any]:
+    async def _ask_server(
+        self, questions: list[str], read: Callable[[str], T]
+    ) -> tuple[list[T | NoAnswer], Exception | None]:
+        """The answers, and what makes all others pointless."""
         key = self._key()
         slots = asyncio.Semaphore(self.concurrency)
         fatal: list[Exception] = []
@@ -174,7 +166,10 @@ class Endpoint(Described):
                 value = read(text)
             except ValueError as error:
                 return NoAnswer(f"{self} answered {_short(text)}, in which {error}")
-            self._keep(question, text)
+            try:
+                self._keep(question, text)
+            except OSError as error:  # a full disk would have everything asked again and again
+                fatal.append(error)
             return value
 
         # A client of this call only: it belongs to its event loop, and it knows the key.
@@ -185,9 +180,7 @@ class Endpoint(Described):
             max_retries=self.max_retries,
         ) as client:
             answers = await asyncio.gather(*(answer(client, q) for q in questions))
-        if fatal:
-            raise fatal[0]
-        return answers
+        return answers, fatal[0] if fatal else None
 
     async def _send(self, client: Any, question: str, key: str) -> str:
         """The text of the answer, without the key."""
@@ -208,19 +201,42 @@ class Endpoint(Described):
             raise NoAnswer(f"{self} sent no text (finish_reason: {ended})")
         return _without(key, text)
 
+    def _probe(self) -> Exception | None:
+        """What is wrong with the server, without asking a question."""
+        key = self._key()
+        with _openai().OpenAI(
+            api_key=key,
+            base_url=self.base_url,
+            timeout=min(self.timeout, _PROBE_SECONDS),
+            max_retries=1,
+        ) as client:
+            try:
+                client.models.list()
+            except _openai().NotFoundError:
+                return None  # not every server lists its models, but this one is there
+            except _openai().APIConnectionError as error:
+                return ConnectionError(
+                    f"{self} gave no answer ({_cause(error, key)}): start the server, or correct "
+                    "base_url."
+                )
+            except Exception as error:
+                return self._fatal(error, key)
+        return None
+
     def _key(self) -> str:
         key = os.environ.get(self.api_key_env, "").strip()
-        if not key:
+        if re.fullmatch(r"[!-~]+", key):
+            return key
+        missing, key = not key, ""  # some tools print the variables of a frame that raises
+        if missing:
             raise ValueError(
                 f"{self} needs a key: set the environment variable {self.api_key_env} (to "
                 "anything, for a server that needs none)."
             )
-        if not re.fullmatch(r"[!-~]+", key):
-            raise ValueError(
-                f"The key in {self.api_key_env} holds blanks or characters beyond ASCII, which no "
-                "header can: set it again."
-            )
-        return key
+        raise ValueError(
+            f"The key in {self.api_key_env} holds blanks or characters beyond ASCII, which no "
+            "header can: set it again."
+        )
 
     def _fatal(self, error: Exception, key: str) -> ValueError | None:
         """What no other question would fare better with."""
@@ -236,13 +252,6 @@ class Endpoint(Described):
             )
         return None
 
-    def _unreachable(self, error: Exception, key: str) -> ConnectionError | None:
-        if not isinstance(error, _openai().APIConnectionError):
-            return None
-        return ConnectionError(
-            f"{self} gave no answer ({_cause(error, key)}): start the server, or correct base_url."
-        )
-
     def _why(self, error: Exception, key: str) -> str:
         openai = _openai()
         if isinstance(error, openai.APIConnectionError):
@@ -256,12 +265,13 @@ class Endpoint(Described):
         return f"It says: {_short(_without(key, error.message))}"
 
     def _folder(self) -> Path:
-        return cache_folder() / "judge" if self.cache is None else self.cache
+        """Where the answers of this endpoint are."""
+        root = cache_folder() / "judge" if self.cache is None else self.cache
+        return root / _hash([self.base_url, self.model])[:16]
 
     def _file(self, question: str) -> Path:
-        decides = json.dumps([self.base_url, self.model, question, self.body], sort_keys=True)
-        name = hashlib.sha256(decides.encode()).hexdigest()
-        return self._folder() / name[:2] / f"{name}.json"
+        decides = [self.base_url, self.model, question, self.body]
+        return self._folder() / f"{_hash(decides)}.json"
 
     def _cached(self, question: str) -> str | None:
         try:
@@ -289,6 +299,10 @@ def _openai() -> Any:
             'A remote judge needs openai: pip install "clp_lightning[judge]"'
         ) from error
     return openai
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _cause(error: Exception, key: str) -> str:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from ..types import Prompt
 from .base import completion_text
 
 __all__ = ["as_text", "compile_pattern", "fill", "placeholders", "read_answer"]
@@ -49,7 +48,7 @@ def as_text(value: Any) -> str:
     return "\n".join(f"{message['role']}: {completion_text([message])}" for message in value)
 
 
-def _is_conversation(value: Prompt | Any) -> bool:
+def _is_conversation(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(message, dict) and "role" in message for message in value
     )

@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,16 +124,19 @@ def test_a_pattern_of_ones_own() -> None:
             judge.read(answer)
 
 
-def test_no_more_requests_at_once_than_allowed(make: Callable[..., Judge]) -> None:
-    def slow(question: str, times: int) -> Reply:
-        return Reply(text="Score: 2", delay=0.05)
+@pytest.mark.parametrize("limit", [1, 3])
+def test_no_more_requests_at_once_than_allowed(limit: int, make: Callable[..., Judge]) -> None:
+    there = threading.Barrier(limit)
 
-    for limit in (1, 3):
-        with serving(slow) as server:
-            judge = make(server, concurrency=limit)
-            RewardBank({"judge": judge})(rollout([f"{limit} {i}" for i in range(9)]))
-            assert len(server.questions) == 9
-            assert server.most == limit
+    def together(question: str, times: int) -> Reply:
+        there.wait(timeout=20)  # so many must be there at once
+        return Reply(text="Score: 2", delay=0.05)  # and any more would be seen
+
+    with serving(together) as server:
+        judge = make(server, concurrency=limit, timeout=30.0)
+        RewardBank({"judge": judge})(rollout([str(i) for i in range(6)]))
+        assert len(server.questions) == 6
+        assert server.most == limit
 
 
 def test_equal_questions_are_put_once(make: Callable[..., Judge]) -> None:
