@@ -12,8 +12,9 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Processes that share cores must not spin while they wait for each other.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install quickstart consistency lint docs notebooks test test-all benchmark-exact \
-	benchmark-memory benchmark-smollm2 benchmark-step benchmark-conditioning benchmark-scaling tiny-t5 clean
+.PHONY: install quickstart consistency tiny-t5 lint docs notebooks test test-all benchmark \
+	benchmark-exact benchmark-memory benchmark-smollm2 benchmark-step benchmark-conditioning \
+	benchmark-scaling clean
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -65,24 +66,31 @@ test-all: lint docs
 benchmark-exact: install
 	$(BIN)/python -m benchmarks.exact.run --jobs $(JOBS)
 
+# These have the machine to themselves: threads that wait for the next product may stay awake.
+ALONE := env -u OMP_WAIT_POLICY $(BIN)/python
+
+# All of speed and memory, about 40 minutes: writes benchmarks/README.md. Wants `make quickstart` before.
+benchmark: install
+	$(ALONE) benchmarks/report.py
+
 # Peak memory of a LoRA-CLP step beside one of plain PEFT LoRA.
 benchmark-memory: install
-	$(BIN)/python benchmarks/memory.py
+	$(ALONE) benchmarks/memory.py
 
 # Our step beside TRL's, in alternation; fails below the target.
 benchmark-step: install
-	$(BIN)/python benchmarks/step.py --size 10m --target 4
-	$(BIN)/python benchmarks/step.py --size 10m --prompt-tokens 128 --new-tokens 64 --target 5
-	$(BIN)/python benchmarks/step.py --size smollm2-lora --target 3
-	$(BIN)/python benchmarks/step.py --size t5-tiny
+	$(ALONE) benchmarks/step.py --size 10m --target 4
+	$(ALONE) benchmarks/step.py --size 10m --prompt-tokens 128 --new-tokens 64 --target 5
+	$(ALONE) benchmarks/step.py --size smollm2-lora --target 3
+	$(ALONE) benchmarks/step.py --size t5-tiny
 
 # Every conditioner against the step without it, and when merging beats mixing rows.
 benchmark-conditioning: install
-	$(BIN)/python benchmarks/conditioning.py
+	$(ALONE) benchmarks/conditioning.py
 
 # How a step's cost grows with each of its sizes; the plot goes to build/scaling.png.
 benchmark-scaling: install
-	$(BIN)/python benchmarks/scaling.py
+	$(ALONE) benchmarks/scaling.py
 
 # Five methods and two seeds on SmolLM2, about two hours on two cores: benchmarks/smollm2/README.md.
 benchmark-smollm2: install

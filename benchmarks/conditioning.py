@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rewards", type=int, nargs="+", default=[2, 3, 8])
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     args = parser.parse_args(arguments)
-    size, machine = speed.SIZES[args.size], speed.choose_machine(args)
+    size, machine = speed.chosen_size(args), speed.choose_machine(args)
     torch.manual_seed(0)
     counts = (1, size.prompts)
     print(f"ratios to the unconditioned step; {size.responses} responses, {size.tokens} tokens")

@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, default=Path("build/scaling.png"))
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    base, machine = speed.SIZES[args.size], speed.choose_machine(args)
+    base, machine = speed.chosen_size(args), speed.choose_machine(args)
     if args.worker:
         worker(args.worker, base, args, machine)
         return 0

@@ -8,6 +8,7 @@ Weights are random; the time does not depend on them.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import random
 import time
@@ -182,11 +183,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument("--size", choices=SIZES, default="10m")
+    result.add_argument("--prompt-tokens", type=int, help="in the place of the size's")
+    result.add_argument("--new-tokens", type=int, help="in the place of the size's")
     result.add_argument("--rounds", type=int, default=10)
     result.add_argument("--warmup", type=int, default=2)
     result.add_argument("--device", choices=["cpu", "cuda"])
     result.add_argument("--clock", choices=["wall", "cpu"], default="wall", help=Machine.__doc__)
     return result
+
+
+def chosen_size(args: argparse.Namespace) -> Size:
+    """``--size``, with prompts and responses of the lengths asked for."""
+    given = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens}
+    return dataclasses.replace(SIZES[args.size], **{name: n for name, n in given.items() if n})
 
 
 def choose_machine(args: argparse.Namespace) -> Machine:

@@ -19,7 +19,6 @@ LoRA adapter and one reward that is the sum of all. The target is for RLOO in ou
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import tempfile
 from itertools import cycle
@@ -192,12 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = speed.parser(__doc__)
     parser.add_argument("--target", type=float, help="exit with 1 where the ratio is below it")
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
-    parser.add_argument("--prompt-tokens", type=int)
-    parser.add_argument("--new-tokens", type=int)
     args = parser.parse_args(arguments)
-    size = speed.SIZES[args.size]
-    given = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens}
-    size = dataclasses.replace(size, **{name: n for name, n in given.items() if n})
+    size = speed.chosen_size(args)
     rivals = [] if size.seq2seq else args.rivals
     machine = speed.choose_machine(args)
     steps = args.warmup + args.rounds + 1

@@ -17,12 +17,24 @@ QUICK = ["--size", "tiny", "--rounds", "1", "--warmup", "0", "--device", "cpu"]
 def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     monkeypatch.syspath_prepend(str(FOLDER))
     import conditioning
+    import generation
     import loops
+    import report
     import scaling
     import speed
     import step
+    import where
 
-    modules: list[ModuleType] = [conditioning, loops, scaling, speed, step]
+    modules: list[ModuleType] = [
+        conditioning,
+        generation,
+        loops,
+        report,
+        scaling,
+        speed,
+        step,
+        where,
+    ]
     return {module.__name__: module for module in modules}
 
 
@@ -110,3 +122,36 @@ def test_scaling_runs_and_draws(
 def test_growth_is_an_exponent(scripts: dict[str, Any]) -> None:
     before, after = {"value": 2, "cost": 3.0}, {"value": 4, "cost": 12.0}
     assert math.isclose(scripts["scaling"].slope(before, after), 2.0)
+
+
+def test_generation_samples_as_many_tokens_on_both_sides(
+    scripts: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scripts["generation"].main([*QUICK, "--target", "1e9"]) == 1
+    assert scripts["generation"].main([*QUICK, "--new-tokens", "3", "--target", "0"]) == 0
+    assert capsys.readouterr().out.count("ratio generate/ours: ") == 2
+    with pytest.raises(RuntimeError, match="5 tokens were sampled, not 6"):
+        scripts["generation"].timed(lambda: 5, 6, scripts["speed"].Machine("cpu"))
+
+
+def test_where_the_time_goes(scripts: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert scripts["where"].main(QUICK) == 0
+    out = capsys.readouterr().out
+    for part in ("rollout: ", "reference: ", "policy and backward: "):
+        assert out.count(part) == 1
+    assert out.count("  products ") == out.count("  attention ") == 3
+
+
+def test_the_report_has_every_number_it_asks_for(scripts: dict[str, Any]) -> None:
+    report = scripts["report"]
+    step = "ratio clp/plain: 1.10\nratio TRL/ours: 3.20 (rloo), 2.50 (rloo-defaults), 3.00 (grpo)\n"
+    ours, defaults = report.JOBS["step-10m"][1]
+    assert ours.row(step)[2:] == ["3.20", "**no**"] and defaults.row(step)[2:] == ["2.50", "**no**"]
+    table = (
+        " 2 full/merge                1       1.05       1.00       1.01       1.04\n"
+        " 2 full/merge                8       1.05       1.00       1.01       2.04\n"
+        " 2 lora                      8       1.05       1.00       1.01       1.09\n"
+    )
+    found = [number.row(table)[2:] for number in report.JOBS["conditioning"][1]]
+    missing = ["not measured", "-"]
+    assert found == [["2.04", "**no**"], missing, missing, ["1.09", "yes"], ["1.04", "yes"]]

@@ -1,0 +1,109 @@
+"""Our rollouts beside Transformers' `generate`: the same prompts, weights and number of tokens.
+
+    python benchmarks/generation.py [--size 10m] [--prompt-tokens 128 --new-tokens 64] [--target 2]
+
+Both sample from softmax(logits) under one preference, merged into plain weights (LoRA stays beside
+them on our side, and is merged on the other), and take turns. Ours computes each prompt once and
+returns the log-probability of every token besides. Both end with the decoded texts.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import loops
+import speed
+import torch
+from speed import Machine, Size
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from clp_lightning import (
+    LoRA,
+    Mixture,
+    Policy,
+    Preference,
+    PromptBatch,
+    Sampling,
+    TransformersEngine,
+)
+
+
+def sides(
+    size: Size, folder: Path, prompts: list[str], device: str
+) -> dict[str, Callable[[], int]]:
+    """What is compared, by name; each returns the number of tokens that it sampled."""
+    policy = Policy(str(folder), LoRA() if size.lora_rank else Mixture("full"))
+    policy.build([f"r{i}" for i in range(size.num_rewards)])
+    policy.to(device)
+    one = Preference.single([1 / size.num_rewards] * size.num_rewards, 0.1)
+    preference = Preference(one.weights.expand(size.prompts, -1), one.alpha.expand(size.prompts))
+    batch = PromptBatch(prompts, torch.arange(size.prompts), preference=preference.to(device))
+
+    def ours() -> int:
+        rollout = TransformersEngine().generate(
+            policy, batch, size.samples, Sampling(size.new_tokens)
+        )
+        return int(rollout.response_mask.sum())
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    tokenizer = policy.tokenizer
+    config = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=size.new_tokens,
+        num_return_sequences=size.samples,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+    def theirs() -> int:
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(device)
+        sequences = model.generate(**inputs, generation_config=config)
+        response = sequences[:, inputs["input_ids"].shape[1] :]
+        tokenizer.batch_decode(response, skip_special_tokens=True)
+        return int(response.numel())
+
+    return {"ours": ours, "generate": theirs}
+
+
+def timed(side: Callable[[], int], tokens: int, machine: Machine) -> dict[str, float]:
+    """Seconds of one batch, which must have the right number of tokens."""
+    start = machine.now()
+    found = side()
+    seconds = machine.now() - start
+    if found != tokens:
+        raise RuntimeError(f"{found} tokens were sampled, not {tokens}.")
+    return {"step": seconds}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs and compares them."""
+    parser = speed.parser(__doc__)
+    parser.add_argument("--target", type=float, help="exit with 1 where the ratio is below it")
+    args = parser.parse_args(arguments)
+    size, machine = speed.chosen_size(args), speed.choose_machine(args)
+    prompts = speed.prompt_rows(size, size.prompts)["prompt"][:]
+    found: dict[str, list[dict[str, float]]] = {"ours": [], "generate": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = speed.save_model(Path(scratch), size)
+        both = sides(size, folder, prompts, machine.device)
+        for number in range(args.warmup + args.rounds):
+            for name in both if number % 2 else reversed(both):
+                row = timed(both[name], size.tokens, machine)
+                if number >= args.warmup:
+                    found[name].append(row)
+    for name, rows in found.items():
+        seconds = loops.median(rows, "step")
+        print(f"{name:10}{1e3 * seconds:9.1f} ms{size.tokens / seconds:9.0f} tokens/s")
+    ratio = loops.ratio(found["generate"], found["ours"])
+    print(f"ratio generate/ours: {ratio:.2f}")
+    return int(args.target is not None and ratio < args.target)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

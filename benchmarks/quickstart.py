@@ -1,0 +1,80 @@
+"""The quickstart's training before the work on speed and now: its time, and how it steers.
+
+    python benchmarks/quickstart.py [--before REVISION] [--target 0.6]
+
+Both run `configs/quickstart.yaml` of their own revision, with the same seed and number of steps,
+from the base in runs/warmup (`make quickstart` writes it), one after the other. Exits with 1 where
+the time is more than the target's share, or where a gain lies outside the other's interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+GAINS = ("value_gain", "steering_gain")
+
+
+def train(checkout: Path, runs: Path) -> tuple[float, dict[str, Any]]:
+    """Seconds of the command, and the metrics of its front."""
+    command = [sys.executable, "-m", "clp_lightning", "fit", "--config", "configs/quickstart.yaml"]
+    command += ["--trainer.logger.init_args.save_dir", str(runs)]
+    command += ["--model.init_args.pretrained", str(ROOT / "runs/warmup/base")]
+    env = {**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
+    with (runs / "log.txt").open("w") as log:
+        subprocess.run(command, cwd=checkout, env=env, stdout=log, stderr=log, check=True)
+    seconds = time.perf_counter() - start
+    (front,) = runs.glob("quickstart/**/front.json")
+    return seconds, json.loads(front.read_text())["metrics"]
+
+
+def main() -> int:
+    """Runs and compares both."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--before", default="a54a3aa~1", help="a revision of this repository")
+    parser.add_argument("--target", type=float, default=0.6)
+    args = parser.parse_args()
+    if not (ROOT / "runs/warmup/base").exists():
+        parser.error("runs/warmup/base is not there; run `make quickstart` first.")
+    found: dict[str, tuple[float, dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        before = Path(scratch) / "before"
+        git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "add", "--quiet", "--detach", str(before), args.before], check=True)
+        try:
+            for name, checkout in (("before", before), ("now", ROOT)):
+                runs = Path(scratch) / f"runs-{name}"
+                runs.mkdir()
+                found[name] = train(checkout, runs)
+        finally:
+            subprocess.run([*git, "remove", "--force", str(before)], check=True)
+    kept = True
+    for name, (seconds, metrics) in found.items():
+        cells = [f"{gain} {shown(metrics[gain])}" for gain in GAINS]
+        print(f"{name:8}{seconds:8.0f} s  {', '.join(cells)}")
+    for gain in GAINS:
+        old, new = (found[name][1][gain] for name in ("before", "now"))
+        kept &= new["high"] >= old["low"] and old["high"] >= new["low"]
+    ratio = found["now"][0] / found["before"][0]
+    print(f"ratio now/before: {ratio:.2f}, gains {'alike' if kept else 'differ'}")
+    return int(ratio > args.target or not kept)
+
+
+def shown(number: dict[str, float]) -> str:
+    """A number and its interval."""
+    return f"{number['mean']:.2f} [{number['low']:.2f}, {number['high']:.2f}]"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
