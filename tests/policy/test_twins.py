@@ -1,0 +1,107 @@
+"""Every fast path beside the slow one: Transformers' own calls on plain merged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chi2_contingency
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+
+from clp_lightning import Mixture, Policy, Rollout, Sampling, TransformersEngine
+from clp_lightning.policy.sampling import sample_tokens
+from tests.helpers import build_policy, prompt_batch
+from tests.tiny import KINDS
+
+# Of different length, the last longer than Gemma's window of 8.
+PROMPTS = ["ab", "hello", "a prompt past the window"]
+
+
+def plain(folder: Path, policy: Policy, rollout: Rollout, row: int) -> Any:
+    """Transformers' model with the weights that the preference of a row merges to."""
+    auto = AutoModelForSeq2SeqLM if policy.model.config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_pretrained(folder).eval()
+    model.load_state_dict(policy.conditioner.fold(rollout.preference[row : row + 1]))
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_tokens_are_those_of_generate(tiny_folder: Callable[..., Path], kind: str) -> None:
+    folder = tiny_folder(kind)
+    policy = build_policy(folder, Mixture("full"), perturb=0.05)
+    greedy = Sampling(12, temperature=0)
+    rollout = TransformersEngine().generate(policy, prompt_batch(PROMPTS), 2, greedy)
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=12,
+        pad_token_id=policy.pad_id,
+        eos_token_id=list(policy.stop_ids),
+        decoder_start_token_id=policy.model.config.to_dict().get("decoder_start_token_id"),
+    )
+    for row in range(len(rollout)):
+        prompt = rollout.input_ids[row][rollout.prompt_mask[row]][None]
+        found = plain(folder, policy, rollout, row).generate(prompt, generation_config=config)[0]
+        found = found[1:] if policy.model.config.is_encoder_decoder else found[prompt.shape[1] :]
+        ours = rollout.response_ids[row][rollout.response_mask[row]]
+        assert ours.tolist() == found.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_plain_model(
+    tiny_folder: Callable[..., Path], kind: str
+) -> None:
+    """d loss / d Delta_i = c_i d loss / d theta, docs/method.md, section 2."""
+    folder = tiny_folder(kind)
+    policy = build_policy(folder, Mixture("full"), perturb=0.05)
+    batch = prompt_batch(PROMPTS)
+    assert batch.preference is not None
+    batch.preference = batch.preference[torch.ones(len(batch), dtype=torch.long)]
+    rollout = TransformersEngine().generate(policy, batch, 2, Sampling(6))
+    upstream = torch.randn(rollout.response_ids.shape, generator=torch.Generator().manual_seed(0))
+    upstream = upstream.masked_fill(~rollout.response_mask, 0)
+    policy.share_prompts = True
+    with policy.conditioned(rollout.preference):
+        (policy.logprobs(rollout) * upstream).sum().backward()
+
+    model = plain(folder, policy, rollout, 0)
+    for row in range(len(rollout)):
+        (
+            row_logprobs(model, rollout, row) * upstream[row][rollout.response_mask[row]]
+        ).sum().backward()
+    coefficients = policy.conditioner.coefficients(rollout.preference[:1])[0]
+    theirs = {name.replace(".", "/"): p.grad for name, p in model.named_parameters()}
+    for c, copy in zip(coefficients, policy.conditioner.deltas, strict=False):
+        for name, delta in copy.items():
+            assert delta.grad is not None
+            torch.testing.assert_close(delta.grad, c * theirs[name], atol=1e-4, rtol=1e-3)
+
+
+def row_logprobs(model: Any, rollout: Rollout, row: int) -> Tensor:
+    """One row without padding or cache."""
+    prompt = rollout.input_ids[row][rollout.prompt_mask[row]]
+    response = rollout.response_ids[row][rollout.response_mask[row]]
+    if model.config.is_encoder_decoder:
+        start = torch.tensor([model.config.decoder_start_token_id])
+        decoder = torch.cat([start, response[:-1]])[None]
+        logits = model(input_ids=prompt[None], decoder_input_ids=decoder).logits[0]
+    else:
+        logits = model(torch.cat([prompt, response[:-1]])[None]).logits[0, len(prompt) - 1 :]
+    logp: Tensor = logits.log_softmax(-1).gather(-1, response[:, None]).squeeze(-1)
+    return logp
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_the_sampler_draws_as_torch_multinomial(temperature: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(40, generator=draw)
+    rows = logits.expand(20_000, -1)
+    uniform = torch.rand(len(rows), generator=draw, dtype=torch.float64)
+    ours = sample_tokens(rows, uniform, Sampling(temperature=temperature))[0]
+    theirs = torch.multinomial((logits / temperature).softmax(-1), len(rows), True, generator=draw)
+    counts = torch.stack([torch.bincount(t, minlength=40) for t in (ours, theirs)])
+    counts = counts[:, counts.sum(0) >= 10]
+    assert chi2_contingency(counts.numpy()).pvalue > 0.001
