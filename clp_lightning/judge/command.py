@@ -82,6 +82,7 @@ def judge(
         "first": first,
         "second": second,
         "model": endpoint.model,
+        "base_url": endpoint.base_url,
         "rubric": rubric,
         **found,
         "unmatched": unmatched,
