@@ -119,6 +119,29 @@ def test_the_same_tokens_and_gradients(
     )
 
 
+@pytest.mark.parametrize("before", [1, 2])
+def test_a_run_goes_on_with_another_number_of_processes(
+    before: int, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """From the middle of a pass, and into the next one."""
+    base, folder = tiny_folder(), tmp_path / "two"
+    fixed = {"alpha": {"class_path": "FixedAlpha", "init_args": {"alpha": 0.2}}}
+    one = config_of(tmp_path / "one", base, 2, {}, fixed)
+    assert in_child(main, ["fit", "--config", one, "--trainer.max_steps=6"]) == 0
+    for processes, steps in ((before, 3), (3 - before, 6)):
+        config = config_of(folder, base, 2 // processes, {}, fixed)
+        args = ["fit", "--config", config, f"--trainer.max_steps={steps}", "--ckpt_path=last"]
+        if processes == 1:
+            assert in_child(main, args) == 0
+        else:
+            on_two_processes(args)
+    assert sampled(folder) == sampled(tmp_path / "one")
+    (one_end, cost), (two_end, same_cost) = (read_checkpoint(tmp_path / n) for n in ("one", "two"))
+    assert cost == same_cost
+    for name in one_end:
+        torch.testing.assert_close(two_end[name], one_end[name], rtol=1e-10, atol=1e-10)
+
+
 def test_fronts_and_predictions_are_the_same(
     tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:

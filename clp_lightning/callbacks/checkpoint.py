@@ -17,6 +17,8 @@ from .loggers import go_on
 
 __all__ = ["RunCheckpoint", "save_first"]
 
+_PROCESSES = "clp_lightning_processes"
+
 
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, with ``last.ckpt`` kept as this library's commands expect it.
@@ -67,10 +69,23 @@ class RunCheckpoint(ModelCheckpoint):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[_PROCESSES] = trainer.world_size
+
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._steps_done = checkpoint["global_step"]
+        before, now = checkpoint.get(_PROCESSES, trainer.world_size), trainer.world_size
+        if before != now:
+            # Lightning's own count within the pass is of one process, as the sampler's is.
+            current = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+            open_batches = current["ready"] - current["completed"]
+            ready = -(-current["ready"] * before // now)
+            current |= dict.fromkeys(("ready", "started", "processed"), ready)
+            current["completed"] = ready - open_batches
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         go_on(trainer.loggers, self._steps_done)

@@ -151,7 +151,13 @@ class PromptSampler(DistributedSampler):
         return iter(self.keys(self.epoch)[self.position :])
 
     def __len__(self) -> int:
-        return len(self._deal(range(self.num_rows))) * self.parts
+        return self._num_batches(self.world_size)
+
+    def _num_batches(self, world_size: int) -> int:
+        """Batches of one process, if there are ``world_size``."""
+        size, rows = self.batch_size * self.parts, range(self.num_rows)
+        dealt = deal(rows, size, rank=0, world_size=world_size, drop_last=self.drop_last)
+        return len(dealt) * self.parts
 
     def set_epoch(self, epoch: int) -> None:
         """Ignored: the count of passes is the sampler's own, so that it survives a resume."""
@@ -171,19 +177,36 @@ class PromptSampler(DistributedSampler):
         self._resumed = False
 
     def state_dict(self) -> dict[str, int]:
-        """Pass, position (the number of batches that were taken) and batches in a pass."""
-        return {"epoch": self.epoch, "position": self.position, "length": len(self)}
+        """Pass, position (batches that were taken), batches in a pass; of one of ``processes``."""
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "length": len(self),
+            "processes": self.world_size,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after the last batch that was taken."""
-        if state["length"] != len(self):
+        """Continue after the last batch that was taken, on any number of processes."""
+        processes = state.get("processes", self.world_size)
+        now = self._num_batches(processes)
+        if state["length"] != now:
             warnings.warn(
                 f"The run that is resumed had {state['length']} batches in a pass, now there are "
-                f"{len(self)}: with other data, batch sizes or processes it does not go on with "
-                "the prompts that it had not seen.",
+                f"{now}: with other data or batch sizes it does not go on with the prompts that it "
+                "had not seen.",
                 stacklevel=2,
             )
         self.epoch, self.position = state["epoch"], state["position"]
+        if processes != self.world_size:
+            taken = self.position // self.parts * processes  # by all of them, in their order
+            if taken % self.world_size:
+                warnings.warn(
+                    f"The run that is resumed had taken {taken} batches; {self.world_size} "
+                    "processes cannot share them evenly, so a few prompts of this pass are left "
+                    "out.",
+                    stacklevel=2,
+                )
+            self.position = -(-taken // self.world_size) * self.parts
         self._resumed = True
 
 

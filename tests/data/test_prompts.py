@@ -176,7 +176,7 @@ def test_statistics_batches_are_the_first_of_the_first_pass() -> None:
     assert ids(data.statistics_batches(7)) == order[:7]
     assert ids(data.statistics_batches(2)) == order[:2]
     assert len(ids(data.statistics_batches(100))) == 10
-    assert loader.state_dict() == {"epoch": 0, "position": 1, "length": 3}
+    assert loader.state_dict() == {"epoch": 0, "position": 1, "length": 3, "processes": 1}
 
 
 def test_processes_share_the_statistics_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,3 +206,34 @@ def test_resuming_with_other_batches_is_told() -> None:
     state = PromptSampler(12, 2).state_dict()
     with pytest.warns(UserWarning, match="had 6 batches in a pass, now there are 4"):
         PromptSampler(12, 3).load_state_dict(state)
+
+
+def left(rank: int, world_size: int, state: dict[str, int]) -> list[BatchKey]:
+    sampler = PromptSampler(24, 2, seed=1, parts=2, rank=rank, world_size=world_size)
+    sampler.load_state_dict(state)
+    return list(sampler)
+
+
+@pytest.mark.parametrize(("before", "after", "taken"), [(1, 2, 8), (2, 1, 4), (3, 2, 4), (2, 3, 6)])
+def test_another_number_of_processes_goes_on_with_what_is_left(
+    before: int, after: int, taken: int
+) -> None:
+    sampler = PromptSampler(24, 2, seed=1, parts=2, rank=0, world_size=before)
+    sampler.position = taken
+    shares = [left(rank, after, sampler.state_dict()) for rank in range(after)]
+    dealt = [key.rows for share in shares for key in share if key.part == 0]
+    done = taken // 2 * before
+    assert sorted(dealt) == sorted(
+        key.rows for key in left(0, 1, state_at(2 * done)) if not key.part
+    )
+
+
+def state_at(position: int) -> dict[str, int]:
+    sampler = PromptSampler(24, 2, seed=1, parts=2)
+    sampler.position = position
+    return sampler.state_dict()
+
+
+def test_processes_that_cannot_share_what_was_taken_are_told() -> None:
+    with pytest.warns(UserWarning, match="had taken 3 batches; 2 processes cannot share"):
+        assert len(left(0, 2, state_at(6))) == 2 * 1
