@@ -308,7 +308,7 @@ class ClassifierHead(Head):
         """Value or log-probability, shape (N,)."""
         logits = self.model(**inputs).logits.float()
         kind = self.model.config.problem_type
-        if kind == "multi_label_classification":
+        if logits.shape[-1] > 1 and kind == "multi_label_classification":
             logits = F.logsigmoid(logits)
         elif logits.shape[-1] > 1 and kind != "regression":
             logits = logits.log_softmax(-1)
@@ -316,15 +316,11 @@ class ClassifierHead(Head):
 
     def _warn_of_cuts(self, texts: list[str]) -> None:
         """Once, where a completion is cut and not only its prompt."""
-        if self._told_of_cuts:
-            return
         # No tokenizer makes more tokens than there are bytes.
         long = [text for text in texts if len(text.encode()) > self.limit]
-        ids = (
-            self.tokenizer(long, add_special_tokens=False, verbose=False)["input_ids"]
-            if long
-            else []
-        )
+        if self._told_of_cuts or not long:
+            return
+        ids = self.tokenizer(long, add_special_tokens=False, verbose=False)["input_ids"]
         if longest := max((len(row) for row in ids if len(row) > self.limit), default=0):
             self._told_of_cuts = True
             warnings.warn(
