@@ -209,6 +209,8 @@ def test_the_config_of_the_suite(capsys: Any) -> None:
     assert all(f"\n# {field}: " in header for field in ("hardware", "not measured yet"))
     (expected,) = re.findall(r"^# expect: (.+)$", header, re.MULTILINE)
     assert yaml.safe_load(expected) == {"minutes": 30, "metric": "win_rate", "bound": "> 0.5"}
+    named = re.findall(r"configs/\S+\.yaml", header)
+    assert all((CONFIG.parents[2] / name).is_file() for name in named) and len(named) >= 5
     with pytest.raises(SystemExit) as stopped:
         run(["judge", "--config", str(CONFIG), "--print_config"])
     assert not stopped.value.code
