@@ -18,6 +18,7 @@ from .loggers import go_on
 __all__ = ["RunCheckpoint", "save_first"]
 
 _PROCESSES = "clp_lightning_processes"
+_VALIDATION_DUE = "clp_lightning_validation_due"
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -42,6 +43,7 @@ class RunCheckpoint(ModelCheckpoint):
     _told = False  # of SIGTERM
     _leaving = False
     _steps_done = 0  # by the run that is resumed
+    _validation_due = False  # right after the step that is saved
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class RunCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._told = self._leaving = False
-        self._steps_done = 0
+        self._steps_done, self._validation_due = 0, False
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
 
@@ -73,22 +75,26 @@ class RunCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint[_PROCESSES] = trainer.world_size
+        checkpoint[_VALIDATION_DUE] = self._validation_due
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._steps_done = checkpoint["global_step"]
+        self._validation_due = checkpoint.get(_VALIDATION_DUE, False)
         before, now = checkpoint.get(_PROCESSES, trainer.world_size), trainer.world_size
         if before != now:
             # Lightning's own count within the pass is of one process, as the sampler's is.
-            current = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-            open_batches = current["ready"] - current["completed"]
-            ready = -(-current["ready"] * before // now)
-            current |= dict.fromkeys(("ready", "started", "processed"), ready)
-            current["completed"] = ready - open_batches
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            for count in (progress["current"], progress["total"]):
+                open_batches = count["ready"] - count["completed"]
+                ready = -(-count["ready"] * before // now)
+                count |= dict.fromkeys(("ready", "started", "processed"), ready)
+                count["completed"] = ready - open_batches
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        go_on(trainer.loggers, self._steps_done)
+        # A validation is logged with the number of the step before it, and will be again.
+        go_on(trainer.loggers, self._steps_done - self._validation_due)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -102,6 +108,12 @@ class RunCheckpoint(ModelCheckpoint):
             signal.signal(signal.SIGTERM, self._hear)
         self._leaving = self._any_told(trainer)  # while the statistics were measured
         self._leave()
+        if self._validation_due:
+            # Lightning takes a validation that follows a checkpoint for done.
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            loop.restarting, trainer.validating = False, True
+            loop.run()
+            trainer.training = True
 
     def _hear(self, *_: Any) -> None:
         self._told = True
@@ -116,6 +128,8 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        loop: Any = trainer.fit_loop
+        self._validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.fit_loop._should_accumulate() or not self._any_told(trainer):
             return
@@ -136,6 +150,10 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation_due &= trainer.sanity_checking
+        super().on_validation_end(trainer, pl_module)
 
     def on_validation_batch_end(self, *_: Any) -> None:
         self._leaving = self._told  # nothing is to be saved, so nobody is asked
