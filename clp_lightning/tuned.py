@@ -90,7 +90,7 @@ def merge_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
         try:
             tuned: Any = get_peft_model(model, config)
-            found = tuned.load_adapter(folder, "default")
+            found = tuned.load_adapter(folder, "default", torch_device="cpu")
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"The adapter '{name}' does not fit its base: {error}") from error
         if strange := [*found.unexpected_keys, *found.missing_keys]:
