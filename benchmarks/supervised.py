@@ -69,8 +69,9 @@ def main() -> int:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     OUT.write_text(
         f"{markdown_table(['', 'loss, nats per token', 'ROUGE-L, greedy'], rows)}\n\n"
-        f"SmolLM2-135M-Instruct by `python -m benchmarks.supervised`, {args.steps} steps of 8 "
-        f"documents, {args.prompts} held out, {date.today().isoformat()}, {machine()}: "
+        "SmolLM2-135M-Instruct, `python -m benchmarks.supervised "
+        f"--steps {args.steps} --prompts {args.prompts}`: steps of 8 documents, and held-out "
+        f"documents. {date.today().isoformat()}, {machine()}: "
         f"{usage.ru_utime + usage.ru_stime:.0f} CPU seconds in all.\n"
     )
     print(OUT.read_text())
