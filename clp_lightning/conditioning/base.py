@@ -168,6 +168,15 @@ class Conditioner(Described, nn.Module, ABC):
     def shared(self) -> list[nn.Parameter]:
         """Parameters that all preferences share, possibly none."""
 
+    def move_in(self) -> None:
+        """Puts parameters that lie outside the model into the modules that compute with them.
+
+        Called before a strategy shards the model, which shards them along.
+        """
+
+    def take_shards(self) -> None:
+        """Called when the model is sharded: what ``move_in`` moved is now its shard."""
+
     @torch.no_grad()
     def fold(self, preference: Preference) -> dict[str, Tensor]:
         """The model's plain state dict at one preference, as if it had never been conditioned.

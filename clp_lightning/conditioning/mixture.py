@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..described import check_choice
 from .base import Coefficients, Conditioner, Scope
-from .rowwise import Change, mix_rows, why_not_rows
+from .rowwise import Change, Place, mix_rows, why_not_rows
+from .sharded import delta_name, mix_at_home
 from .targets import check_preset, in_attention
 
 __all__ = ["Mixture"]
@@ -66,6 +68,7 @@ class Mixture(Conditioner):
         self._places: list[list[tuple[nn.Module, str]]] = []
         self._merged: dict[Any, list[Tensor]] | None = None
         self._model: Any = None
+        self._moved_in = False
 
     def attach(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
         model.requires_grad_(False)
@@ -141,6 +144,9 @@ class Mixture(Conditioner):
         with super().open(scope):
             if scope.coefficients is None:
                 yield
+            elif self._moved_in:
+                with mix_at_home(self._homes(), scope, partial(_sum, scope.coefficients[0])):
+                    yield
             elif len(scope.coefficients) == 1:
                 with _swapped(self._changes(), self._merge(scope.coefficients[0])):
                     yield
@@ -163,6 +169,8 @@ class Mixture(Conditioner):
     def checkpoint_context(
         self,
     ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        if self._moved_in:
+            return super().checkpoint_context()
         inner = self.scope
         kept: dict[Any, list[Tensor]] = {}
         if inner.coefficients is not None:
@@ -206,6 +214,28 @@ class Mixture(Conditioner):
             self._merged[key] = merged
         return merged
 
+    # -- sharding -----------------------------------------------------------------------------
+
+    def _homes(self) -> list[tuple[list[Place], list[int]]]:
+        """Every parameter's places, and the columns of its deltas."""
+        k = len(self.deltas)
+        copies = [(places, list(range(k))) for places in self._places[: self._num_conditioned]]
+        return [*copies, *((places, [k]) for places in self._places[self._num_conditioned :])]
+
+    def move_in(self) -> None:
+        self._moved_in = True
+        for (places, deltas, _), (_, columns) in zip(self._changes(), self._homes(), strict=True):
+            module, name = places[0]
+            for delta, column in zip(deltas, columns, strict=True):
+                module.register_parameter(delta_name(name, column), delta)  # type: ignore[arg-type]
+
+    def take_shards(self) -> None:
+        owners: list[Any] = [*self.deltas, self.shared_delta]
+        for label, (places, columns) in zip(self._labels, self._homes(), strict=False):
+            module, name = places[0]
+            for column in columns:
+                owners[column][_key(label)] = module._parameters[delta_name(name, column)]
+
     # -- what others ask ----------------------------------------------------------------------
 
     def why_not_rows(self) -> str | None:
@@ -235,12 +265,16 @@ def _sums(changes: list[Change], coefficients: Tensor) -> list[Tensor]:
         module, name = places[0]
         base = module._parameters[name]
         assert base is not None
-        # In the deltas' precision, and rounded to the base's once.
-        total = base.to(deltas[0].dtype)
-        for delta, column in zip(deltas, columns, strict=True):
-            total = torch.addcmul(total, delta, coefficients[column].to(total))
-        sums.append(total.to(base.dtype))
+        sums.append(_sum(coefficients, base, deltas, columns))
     return sums
+
+
+def _sum(coefficients: Tensor, base: Tensor, deltas: list[Tensor], columns: list[int]) -> Tensor:
+    # In the deltas' precision, and rounded to the base's once.
+    total = base.to(deltas[0].dtype)
+    for delta, column in zip(deltas, columns, strict=True):
+        total = torch.addcmul(total, delta, coefficients[column].to(total))
+    return total.to(base.dtype)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from ..described import check_choice
 from ..types import Preference, Prompt
 from .base import Coefficients, Conditioner, Gate, Scope
 from .mixture import Mixture
+from .sharded import ADOPTED
 
 __all__ = ["PromptText", "SoftPrompt"]
 
@@ -47,6 +48,12 @@ class _Around(Conditioner):
 
     def session(self) -> AbstractContextManager[None]:
         return self.rest.session()
+
+    def move_in(self) -> None:
+        self.rest.move_in()
+
+    def take_shards(self) -> None:
+        self.rest.take_shards()
 
     @contextmanager
     def open(self, scope: Scope) -> Iterator[None]:
@@ -156,7 +163,11 @@ class SoftPrompt(_Around):
     def attach(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
         super().attach(model, names, seed)
         table = model.get_input_embeddings().weight  # type: ignore[operator]
-        self.vectors = nn.ParameterList(nn.Parameter(torch.zeros(table.shape[-1])) for _ in names)
+        # As exact as what else is trained: sharded weights that are trained are of one type.
+        dtype = torch.promote_types(table.dtype, torch.float32)
+        self.vectors = nn.ParameterList(
+            nn.Parameter(torch.zeros(table.shape[-1], dtype=dtype)) for _ in names
+        )
         # T5 has one table in several modules.
         self._tables = {
             name: module
@@ -170,7 +181,7 @@ class SoftPrompt(_Around):
         scope = self.scope
         if scope.coefficients is None:
             return out
-        vectors = torch.stack(list(self.vectors))
+        vectors = torch.stack(self._whole_vectors())
         added = scope.coefficients[:, :-1].to(vectors) @ vectors  # (rows, d)
         if len(added) not in (1, len(out)):
             raise ValueError(
@@ -178,6 +189,23 @@ class SoftPrompt(_Around):
                 "preferences cannot be matched."
             )
         return out + added.unsqueeze(1).to(out.dtype)
+
+    def _whole_vectors(self) -> list[Any]:
+        """The vectors as a forward finds them, gathered where the model is sharded."""
+        home = next(iter(self._tables.values()))
+        moved = [home._parameters.get(f"{ADOPTED}{i}") for i in range(len(self.vectors))]
+        return list(self.vectors) if None in moved else moved
+
+    def move_in(self) -> None:
+        super().move_in()
+        home = next(iter(self._tables.values()))
+        for i, vector in enumerate(self.vectors):
+            home.register_parameter(f"{ADOPTED}{i}", vector)
+
+    def take_shards(self) -> None:
+        super().take_shards()
+        for i, shard in enumerate(self._whole_vectors()):
+            self.vectors[i] = shard
 
     def copies(self) -> list[list[nn.Parameter]]:
         return [[vector] for vector in self.vectors]

@@ -20,7 +20,7 @@ from ..functional import linear
 from ..functional.grouped import grouped_linear
 from .base import Scope
 
-__all__ = ["Change", "mix_rows", "why_not_rows"]
+__all__ = ["Change", "Mixed", "Place", "mix_rows", "mixed_forward", "why_not_rows"]
 
 # Positions a preference from which merging for it costs less than one more product for every delta;
 # on GPUs an estimate.
@@ -61,7 +61,7 @@ def mix_rows(changes: list[Change], scope: Scope) -> Iterator[None]:
             layers.setdefault(module, {})[name] = (deltas, columns)
     before = {module: module.__dict__.get("forward") for module in layers}
     for module, mixed in layers.items():
-        module.forward = partial(_forward, module, mixed, scope)
+        module.forward = partial(mixed_forward, module, mixed, scope)
     try:
         yield
     finally:
@@ -72,7 +72,15 @@ def mix_rows(changes: list[Change], scope: Scope) -> Iterator[None]:
                 module.forward = forward
 
 
-def _forward(module: nn.Module, mixed: Mixed, scope: Scope, x: Tensor) -> Tensor:
+def mixed_forward(module: nn.Module, mixed: Mixed, scope: Scope, x: Tensor) -> Tensor:
+    """What a layer computes where row b of its input meets its own parameters.
+
+    Args:
+        module: One that ``why_not_rows`` knows.
+        mixed: Deltas and their columns of the coefficients, by the parameter's name.
+        scope: Its coefficients, one for every row, and its cache.
+        x: Shape (rows, ...).
+    """
     coefficients = scope.coefficients
     assert coefficients is not None
     if len(x) != len(coefficients):

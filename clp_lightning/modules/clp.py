@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..conditioning import Conditioner
 from ..described import check_choice, describe, import_path
@@ -24,6 +25,7 @@ from .base import LRDecay, PolicyModule
 from .cost import Cost
 from .critic import Critic
 from .precision import float32_by_default
+from .sharding import shard
 from .signal import KLForm, LearningSignal
 from .statistics import fit_statistics
 from .stop import DropLimit, ask_rewards, check_step
@@ -196,9 +198,11 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
             if self.critic is not None:
                 output: Any = self.policy.model.get_output_embeddings()
                 self.critic.build(output.in_features, len(self.rewards.names), self.seed)
+        shard(self, *([] if self.critic is None else [self.critic]))
 
     def on_fit_start(self) -> None:
         self.tally, self._generated = Tally(), None  # nothing is left of a run that was stopped
+        self.drop_limit = DropLimit(self.drop_limit.share)
         self.cost.start()
         fit_statistics(self, self.statistics_prompts, self.statistics_samples)
 
@@ -281,7 +285,8 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         written = self.global_step < 10 or (every and (self.global_step + 1) % every == 0)
         if written:
             grads = [p.grad for p in self.own_parameters() if p.grad is not None]
-            step["grad_norm"] = float(torch.nn.utils.get_total_norm(grads))
+            norm = torch.nn.utils.get_total_norm(grads)
+            step["grad_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         for name, value in {**step, **reported}.items():
             if written or name in shown:
                 self.log(f"train/{name}", value, prog_bar=name in shown)

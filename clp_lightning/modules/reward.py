@@ -19,6 +19,7 @@ from ..types import PromptBatch
 from .base import LRDecay, PolicyModule
 from .folder import replace_folder
 from .precision import float32_by_default
+from .sharding import shard
 from .supervision import PreferencePairs, Supervision
 from .tally import Tally
 
@@ -96,7 +97,7 @@ class RewardModule(PolicyModule):
     def configure_model(self) -> None:
         with float32_by_default():
             self.policy.build(seed=self.seed)
-        self.shard()
+        shard(self)
 
     @property
     def tally(self) -> Tally:

@@ -26,6 +26,7 @@ from ..types import Preference, Prompt, PromptBatch, Rollout
 from .base import LRDecay, PolicyModule
 from .folder import replace_folder
 from .precision import float32_by_default
+from .sharding import shard
 from .tally import Tally
 
 __all__ = ["SupervisedModule"]
@@ -108,6 +109,7 @@ class SupervisedModule(PolicyModule):
     def configure_model(self) -> None:
         with float32_by_default():
             self.policy.build([], self.seed)  # no rewards: only what all preferences share
+        shard(self)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         rollout = self.encode(PromptBatch.check(batch))

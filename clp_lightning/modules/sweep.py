@@ -161,15 +161,24 @@ class FrontSweep(LightningModule):
         size = max(1, self.eval_rows // self.eval_samples)
         done = []
         if with_reference:
-            for start in range(0, len(batch), size):
+            for start in self._starts(len(batch), size):
                 rows = range(start, min(start + size, len(batch)))
                 done.append(self._respond(batch.select(rows), grid, REFERENCE))
         prompts = [row for row in range(len(batch)) for _ in range(len(grid))]
         points = list(range(len(grid))) * len(batch)
-        for start in range(0, len(prompts), size):
+        for start in self._starts(len(prompts), size):
             part = slice(start, start + size)
             done.append(self._respond(batch.select(prompts[part]), grid, points[part]))
         return done
+
+    def _starts(self, rows: int, size: int) -> list[int]:
+        """Where parts of ``size`` rows begin; the last comes again while others have more.
+
+        Devices that share the weights must ask the policy equally often; what comes twice is
+        counted once.
+        """
+        starts = list(range(0, rows, size))
+        return starts + starts[-1:] * (self.policy.most(len(starts)) - len(starts))
 
     def _respond(
         self, batch: PromptBatch, grid: Preference, points: list[int] | int

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import pretrained as pretrained_models
 from ..conditioning import Conditioner
+from ..conditioning.sharded import ADOPTED
 from ..functional.logprobs import log_distribution, token_logprobs
 from ..pretrained import Pretrained
 from ..types import Preference, Prompt, Rollout
+from .blocks import blocks
 from .encoding import Encoding, pad
 from .linear import speed_up_linears
 from .prefix import read_prompt
@@ -65,6 +70,7 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.gradient_checkpointing = gradient_checkpointing
         self.share_prompts: bool | None = None
+        self._mesh: DeviceMesh | None = None
         self._can_be_cut: bool | None = None  # asked once
         self._answering_for: Preference | Literal["reference"] | None = None
 
@@ -104,6 +110,41 @@ class Policy(nn.Module):
         # Transformers returns eval mode, and checkpoints activations only in train mode. The
         # policy has no dropout, so nothing else depends on it.
         self.train()
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Splits the weights over the devices of ``mesh`` (FSDP2); a second call does nothing.
+
+        Each computes with whole blocks, which it gathers one by one; so all of them must call the
+        model equally often.
+        """
+        if self.is_sharded:
+            return
+        self.conditioner.move_in()
+        for block in blocks(self.model):
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        if self.model.config.is_encoder_decoder:
+            # By the model's hooks, which gather what lies outside the blocks.
+            self.model.encode_whole = partial(_encode, self.model)  # type: ignore[assignment]
+            register_fsdp_forward_method(self.model, "encode_whole")
+        self.conditioner.take_shards()
+        if next(self.conditioner.coefficients.parameters(), None) is not None:
+            fully_shard(self.conditioner.coefficients, mesh=mesh)
+        # Alike everywhere, whatever the sizes of the batches.
+        self.share_prompts, self._mesh = False, mesh
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ``shard`` has run."""
+        return self._mesh is not None
+
+    def most(self, number: int) -> int:
+        """The largest ``number`` of the devices that share one set of weights."""
+        if self._mesh is None:
+            return number
+        most = torch.tensor(number, device=self.model.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, self._mesh.get_group())
+        return int(most)
 
     @contextmanager
     def conditioned(self, preference: Preference) -> Iterator[None]:
@@ -187,6 +228,7 @@ class Policy(nn.Module):
         With prompt-CLP the reference sees the plain prompt.
         """
         if not len(rollout):  # every response was dropped
+            self._check_not_sharded()
             return torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
         return self._score(rollout, lambda z, ids: token_logprobs(z, ids, self.temperature))
 
@@ -196,9 +238,17 @@ class Policy(nn.Module):
         Large: 4 bytes x B x T x V, several times over in training.
         """
         if not len(rollout):
+            self._check_not_sharded()
             shape = (*rollout.response_ids.shape, 1)  # of no row
             return torch.zeros(shape, device=rollout.response_ids.device)
         return self._score(rollout, lambda z, ids: log_distribution(z, self.temperature))
+
+    def _check_not_sharded(self) -> None:
+        if self.is_sharded:
+            raise RuntimeError(
+                "Every response of a batch was dropped, and the other devices wait for this one "
+                "to gather the weights. Use DDP, or more responses per batch."
+            )
 
     @torch.no_grad()
     def prompt_states(self, rollout: Rollout) -> Tensor:
@@ -279,4 +329,12 @@ class Policy(nn.Module):
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What training changes, by name: the copies, the shared part, a learned gate."""
-        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad and ADOPTED not in name
+        }
+
+
+def _encode(model: PreTrainedModel, **inputs: Tensor) -> Any:
+    return model.get_encoder()(**inputs)

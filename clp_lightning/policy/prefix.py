@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-__all__ = ["Prefix", "extend", "positions", "read_prompt"]
+__all__ = ["Prefix", "extend", "positions", "read_prompt", "run_encoder"]
 
 
 @dataclass
@@ -73,10 +73,18 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def run_encoder(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """The encoder's output, shape (rows, L, d)."""
+    # A sharded model gathers what is outside its blocks in methods of its own only.
+    encode = getattr(model, "encode_whole", None) or model.get_encoder()
+    encoded: Tensor = encode(input_ids=input_ids, attention_mask=mask).last_hidden_state
+    return encoded
+
+
 def read_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Prefix:
     """Runs prompts, shape (rows, L) with their mask; the cache is on."""
     if model.config.is_encoder_decoder:
-        encoded = model.get_encoder()(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        encoded = run_encoder(model, input_ids, mask)
         start = input_ids.new_full((len(input_ids), 1), model.config.decoder_start_token_id)
         out = _decode(model, start, encoded, mask, None)
         return Prefix(out.cache, out.logits[:, -1], mask, mask.new_ones(len(mask)).long(), encoded)

@@ -204,8 +204,10 @@ class TransformersEngine(Engine):
                     self.on_tokens(number[running][open_], token[open_])
                 finished[running] |= torch.isin(token, stop)
                 left = (~finished[running]).nonzero().squeeze(-1)
-                if not len(left) or step + 1 == sampling.max_new_tokens:
+                if step + 1 == sampling.max_new_tokens or not policy.most(len(left)):
                     break
+                if not len(left):  # others that share the weights go on
+                    left = torch.zeros_like(running[:1])
                 if len(left) <= _COMPACT_AT * len(running):
                     voices.select(left)
                     running, token = running[left], token[left]
@@ -224,7 +226,9 @@ def _answerable_together(policy: Policy, preference: Preference) -> list[Tensor]
         return [torch.arange(len(preference), device=device)]
     both = torch.cat([preference.weights, preference.alpha.unsqueeze(-1)], -1)
     which = both.unique(dim=0, return_inverse=True)[1].to(device)
-    return [(which == i).nonzero().squeeze(-1) for i in range(int(which.max()) + 1)]
+    groups = [(which == i).nonzero().squeeze(-1) for i in range(int(which.max()) + 1)]
+    # Equally many wherever the weights are shared: what comes twice is the same twice.
+    return groups + groups[:1] * (policy.most(len(groups)) - len(groups))
 
 
 def _check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from .prefix import accepted, extend, positions, read_prompt
+from .prefix import accepted, extend, positions, read_prompt, run_encoder
 from .readout import Readout
 
 __all__ = ["first_of_group", "score_full", "score_shared"]
@@ -86,9 +86,7 @@ def score_full(
     if model.config.is_encoder_decoder:
         first = first_of_group(groups)
         with rows(first):
-            encoded = model.get_encoder()(
-                input_ids=input_ids[first], attention_mask=prompt_mask[first]
-            ).last_hidden_state
+            encoded = run_encoder(model, input_ids[first], prompt_mask[first])
         start = response_ids.new_full((len(groups), 1), model.config.decoder_start_token_id)
         with rows(everyone):
             with readout.model_runs():

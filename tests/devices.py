@@ -1,0 +1,231 @@
+"""Training, fronts and predictions on several CPU processes; a group of them does many cases."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from clp_lightning import CLPCallback, CLPModule, LoRA, Pretrained
+from clp_lightning.callbacks import FrontCallback, PredictionsCallback
+from clp_lightning.conditioning import Mixture, PromptText, SoftPrompt
+from tests.runs import kind, loud, make_data, make_module, make_trainer
+
+PER_STEP = 8  # prompts in an optimizer step, whatever the number of processes
+
+
+def now_and_then(completions: list[str], **_: Any) -> list[float]:
+    """A reward that fails on about every thirtieth response."""
+    return [float("nan") if sum(map(ord, c)) % 31 == 0 else len(c) / 9 for c in completions]
+
+
+def conditioner(name: str) -> Any:
+    """Small ones of every kind."""
+    if name == "lora":
+        return LoRA(rank=2, shared_rank=2)
+    if name == "row":
+        return Mixture("attention", mixing="row")
+    if name == "prompt":
+        return PromptText(rest=LoRA(shared_rank=2))
+    return SoftPrompt() if name == "soft" else Mixture(name)
+
+
+@dataclass
+class Case:
+    """One training run.
+
+    Attributes:
+        model: ``llama`` or ``t5``.
+        conditioned: Name of a conditioner.
+        drops: Whether some samples are dropped.
+        options: Further arguments of the module.
+    """
+
+    model: str
+    conditioned: str
+    drops: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.conditioned}"
+
+
+class Dropped(Callback):
+    """Counts the samples that were dropped, over all processes."""
+
+    number = 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self.number += pl_module.step_report.pop("dropped", 0.0)
+
+
+class Watched(torch.optim.SGD):
+    """Keeps the gradients of the first step, whole."""
+
+    first: ClassVar[list[Tensor | None]] = []
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        if not Watched.first:
+            grads = [p.grad for group in self.param_groups for p in group["params"]]
+            Watched.first = [None if grad is None else whole(grad).clone() for grad in grads]
+        super().step()
+        return loss
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Of a shard the tensor that it is a part of."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def strategy_of(layout: str) -> Any:
+    """``one``, ``ddp`` or ``fsdp``."""
+    if layout == "fsdp":
+        size = int(os.environ["WORLD_SIZE"])
+        return ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1)
+    return "ddp" if layout == "ddp" else "auto"
+
+
+def trainer_of(folder: Path, layout: str, *callbacks: Any, **options: Any) -> Trainer:
+    """On the processes of this group."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    options = {"devices": world, "strategy": strategy_of(layout)} | options
+    return make_trainer(folder, *callbacks, **options)
+
+
+def train(case: Case, base: Path, steps: int, folder: Path, layout: str) -> dict[str, Any]:
+    """Gradients of the first of ``steps`` and weights after the last, whole."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    Watched.first = []
+    module = make_module(
+        Pretrained(str(base), dtype="float64"),
+        CLPModule,
+        conditioner=conditioner(case.conditioned),
+        rewards={"kind": kind, "other": now_and_then if case.drops else loud},
+        on_reward_error="drop" if case.drops else "raise",
+        samples_per_prompt=2,
+        max_new_tokens=4,
+        statistics_prompts=2,
+        optimizer=Watched,
+        lr=0.02,  # small enough that no run magnifies rounding
+        **case.options,
+    )
+    # 20 batches in a pass, so that the third step of every pass has 4 of them.
+    data = make_data(folder, holdout=0, batch_size=1)
+    dropped, settings = Dropped(), {"accumulate_grad_batches": PER_STEP // world}
+    trainer = trainer_of(folder, layout, CLPCallback(), dropped, max_steps=steps, **settings)
+    trainer.fit(module, data)
+    weights = {n: whole(p) for n, p in module.policy.trained_parameters().items()}
+    return {"gradients": Watched.first, "weights": weights, "dropped": dropped.number}
+
+
+def measure_front(base: Path, folder: Path, layout: str) -> None:
+    """The front of five prompts, into ``front.json``."""
+    module = make_module(base, conditioner=LoRA(rank=2), statistics_prompts=0, eval_rows=4)
+    data = make_data(folder, holdout=5, batch_size=1, eval_batch_size=2)
+    trainer = trainer_of(folder, layout, FrontCallback(), limit_val_batches=1.0)
+    trainer.validate(module, data)
+
+
+def predict(base: Path, folder: Path, layout: str) -> None:
+    """Answers to 1,003 prompts, into ``predictions.jsonl``."""
+    source = folder / "many.jsonl"
+    if int(os.environ.get("RANK", "0")) == 0:
+        lines = "".join(f'{{"prompt": "{i}"}}\n' for i in range(1003 + 4))
+        source.with_suffix(".partial").write_text(lines)
+        source.with_suffix(".partial").rename(source)
+    while not source.exists():
+        time.sleep(0.1)
+    module = make_module(base, rewards={"kind": kind}, max_new_tokens=1, statistics_prompts=0)
+    data = make_data(folder, source=str(source), holdout=1003, batch_size=1, eval_batch_size=64)
+    trainer = trainer_of(folder, layout, PredictionsCallback(), limit_predict_batches=None)
+    trainer.predict(module, data, return_predictions=False)
+
+
+def uneven_generation(base: Path, folder: Path, layout: str) -> list[int]:
+    """Lengths of responses where one process stops after a token and the other never does."""
+    module = make_module(base, conditioner=Mixture(), max_new_tokens=64, statistics_prompts=0)
+    lengths: list[int] = []
+
+    class Uneven(CLPCallback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            super().on_train_batch_start(trainer, pl_module, *args)
+            pl_module.policy.stop_ids = list(range(102)) if trainer.global_rank else []
+
+    original = module.generate
+
+    def generate(batch: Any) -> Any:
+        rollout = original(batch)
+        lengths.append(rollout.response_ids.shape[1])
+        return rollout
+
+    module.generate = generate
+    trainer_of(folder, layout, Uneven(), max_steps=1).fit(module, make_data(folder, batch_size=1))
+    return lengths
+
+
+Job = tuple[str, Callable[..., Any], tuple[Any, ...]]
+"""A name, a function and its first arguments; folder and layout are its last."""
+
+
+def run_group(jobs: list[Job], folder: Path, layout: str, world: int, timeout: float) -> None:
+    """Runs ``jobs`` one after the other on ``world`` processes.
+
+    What the function returns on rank 0 lies in ``folder``/NAME.pt.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    children = [
+        context.Process(target=_rank, args=(rank, world, port, jobs, folder, layout))
+        for rank in range(world)
+    ]
+    for child in children:
+        child.start()
+    try:
+        end = time.monotonic() + timeout
+        for child in children:
+            child.join(max(0.0, end - time.monotonic()))
+        output = "".join(path.read_text()[-3000:] for path in sorted(folder.glob("output-*")))
+        assert [child.exitcode for child in children] == [0] * world, output
+    finally:
+        for child in children:
+            child.kill()
+
+
+def _rank(rank: int, world: int, port: int, jobs: list[Job], folder: Path, layout: str) -> None:
+    sys.stdout = sys.stderr = open(folder / f"output-{rank}", "w", buffering=1)  # noqa: SIM115
+    if world > 1:
+        os.environ |= {
+            "TORCHELASTIC_RUN_ID": "test",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+        }
+    try:
+        for name, function, arguments in jobs:
+            place = folder / name
+            place.mkdir(exist_ok=True)
+            found = function(*arguments, place, layout)
+            torch.save(found, folder / f"{name}.{rank}.pt")
+    except BaseException:
+        traceback.print_exc()
+        raise
