@@ -100,6 +100,8 @@ def go_on(loggers: Iterable[Logger], step: int) -> None:
     """
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
+            if len([*Path(logger.log_dir).glob("events.out.tfevents.*")]) < 2:
+                continue  # this run's own, which holds its hyperparameters under step 0
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
             # As SummaryWriter(purge_step=step) writes it, which cannot be known when it is made.

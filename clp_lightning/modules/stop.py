@@ -78,7 +78,7 @@ def ask_rewards(module: CLPModule, rollout: Rollout) -> Scores:
         if module.trainer.world_size == 1:
             raise
         module.failure = error
-        return Scores.nothing(len(rollout), len(module.rewards.names))
+        return Scores.nothing(len(rollout), len(module.rewards.names), module.rewards.mean.device)
     return scores
 
 

@@ -50,9 +50,10 @@ class Scores:
         return Scores(self.raw[rows], self.kept[rows])
 
     @classmethod
-    def nothing(cls, rows: int, num_rewards: int) -> Scores:
+    def nothing(cls, rows: int, num_rewards: int, device: torch.device) -> Scores:
         """Of ``rows`` responses that were all dropped."""
-        return cls(torch.full((rows, num_rewards), math.nan), torch.zeros(rows, dtype=torch.bool))
+        raw = torch.full((rows, num_rewards), math.nan, device=device)
+        return cls(raw, torch.zeros(rows, dtype=torch.bool, device=device))
 
 
 class RewardBank(nn.Module):

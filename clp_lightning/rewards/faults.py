@@ -37,7 +37,7 @@ class FaultPolicy:
     retries: int = 0
     retry_wait: float = 1.0
     timeout: float | None = None
-    _told: set[str] = field(default_factory=set)
+    _told: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.on_error not in get_args(OnError):
@@ -90,10 +90,8 @@ class FaultPolicy:
         if problem.scores is None and not isinstance(problem, Late):
             alone = self._alone(reward, samples, missing, context)
             good = [row for row, found in alone if found is None]
-            # Together again, because a score may depend on its siblings.
-            for row, score in zip(
-                good, self._together(reward, samples, good, context), strict=True
-            ):
+            together = self._together(reward, samples, good, context)
+            for row, score in zip(good, together, strict=True):
                 scores[row] = score
         return scores
 
