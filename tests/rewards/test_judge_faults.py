@@ -79,7 +79,7 @@ def bad_for_bad(fault: str) -> Callable[[str, int], Reply | str]:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_told_left_out_or_given_no_score(
-    fault: str, make: Callable[..., Judge], recwarn: pytest.WarningsRecorder
+    fault: str, make: Callable[..., Judge], tmp_path: Path
 ) -> None:
     batch = rollout(["good", "bad", "fine"])
     retried = ("silence", "lost connection", "too many requests", "server error")
@@ -110,6 +110,7 @@ def test_a_fault_is_told_left_out_or_given_no_score(
         torch.testing.assert_close(scores.raw[:, 1], told, equal_nan=True)
         # Only what has a score is remembered.
         assert server.questions.count("bad") == 3 * asked
+        assert len([*tmp_path.rglob("*.json")]) == 2
 
 
 @pytest.mark.parametrize("fault", ["silence", "lost connection", "too many requests"])
