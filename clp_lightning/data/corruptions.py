@@ -16,6 +16,7 @@ __all__ = [
     "CORRUPTIONS",
     "Corruption",
     "Summaries",
+    "empty",
     "other_summary",
     "shuffled_words",
     "swapped_word",
@@ -131,10 +132,16 @@ def shuffled_words(summary: str, summaries: Summaries, draw: torch.Generator) ->
             return " ".join(shuffled)
 
 
+def empty(summary: str, summaries: Summaries, draw: torch.Generator) -> str:
+    """Nothing: a reward that never saw it may like it best, and a policy finds that out."""
+    return ""
+
+
 CORRUPTIONS: dict[str, Corruption] = {
     "swapped_word": swapped_word,
     "other_summary": other_summary,
     "shuffled_words": shuffled_words,
+    "empty": empty,
 }
 """Every corruption by its name."""
 

@@ -117,7 +117,9 @@ class PreferencePairs(Supervision):
     def fault(self, prompt: Prompt, columns: Mapping[str, Any]) -> str | None:
         chosen, rejected = (columns[name] for name in self.required_columns)
         for name in self.required_columns:
-            if not _has_text(columns[name]):
+            # Nothing may be the worse answer to a prompt.
+            nothing = name == "rejected" and bool(prompt) and columns[name] == ""
+            if not nothing and not _has_text(columns[name]):
                 return f"{name} is {columns[name]!r}; it must be text or messages, and not empty"
         if chosen == rejected:
             return f"chosen and rejected are the same, {chosen!r}"

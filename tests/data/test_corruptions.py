@@ -117,8 +117,8 @@ def test_pairs_and_labelled_texts_of_any_columns() -> None:
 def test_a_summary_that_cannot_be_changed_has_no_row_for_it() -> None:
     rows = Dataset.from_list([*ROWS, {"article": "Last.", "title": "as of x_1"}])
     made = CorruptedSummaries(rows, document="article", summary="title").load().to_list()
-    assert [r["corruption"] for r in made[-2:]] == ["other_summary", "shuffled_words"]
-    assert len(made) == 3 * 5 + 2
+    assert [r["corruption"] for r in made[-3:]] == ["other_summary", "shuffled_words", "empty"]
+    assert len(made) == 4 * 5 + 3 and made[-1]["rejected"] == ""
 
 
 @pytest.mark.parametrize("labelled", [False, True])
@@ -132,9 +132,9 @@ def test_documents_are_held_out_whole_and_as_elsewhere(labelled: bool) -> None:
     assert held_out == documents(plain)
     everything = [d for batch in made.every_batch() for d in batch.columns["document"]]
     assert set(everything) - held_out == set(corpus.load()["document"]) - held_out
-    rows = 6 if labelled else 3
+    rows = 8 if labelled else 4
     assert max(Counter(everything).values()) == rows
-    assert sum(len(batch) for batch in made.eval_batches()) in range(9 * rows - 3, 9 * rows + 1)
+    assert sum(len(batch) for batch in made.eval_batches()) in range(9 * rows - 4, 9 * rows + 1)
     batch = next(made.eval_batches())
     assert batch.prompts[0] == batch.columns["document"][0] + "\n\n"
 

@@ -134,6 +134,23 @@ def test_a_cross_encoder_from_pairs(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(found), own)
 
 
+def test_nothing_may_be_the_worse_answer_to_a_prompt(tmp_path: Path) -> None:
+    module = make_module(Path(nli_model(tmp_path / "base")), cross_encoder=True, lr=0.03)
+    rows = [{**row, "rejected": ""} for row in pairs()]
+    make_trainer(tmp_path, max_steps=8).fit(module, make_data(rows))
+    reward = CrossEncoderHead(str(tmp_path / "reward"), "text")
+    chosen, nothing = reward(["unused"] * 2, [rows[0]["chosen"], ""], text=[rows[0]["prompt"]] * 2)
+    assert chosen is not None and nothing is not None and chosen > nothing + 1
+    for change in ({"chosen": ""}, {"prompt": "", "rejected": ""}):
+        batch = PromptBatch(
+            [change.get("prompt", "p")],
+            torch.arange(1),
+            {"chosen": [change.get("chosen", "a")], "rejected": [""]},
+        )
+        with pytest.raises(ValueError, match="it must be text or messages, and not empty"):
+            PreferencePairs().check(batch)
+
+
 def test_what_a_cross_encoder_cannot_read(tmp_path: Path) -> None:
     base = Path(nli_model(tmp_path / "base"))
     options: dict[str, Any] = {"supervision": ClassLabels(CLASSES), "cross_encoder": True}
