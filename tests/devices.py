@@ -52,15 +52,18 @@ class Case:
         conditioned: Name of a conditioner.
         drops: Whether some samples are dropped.
         options: Further arguments of the module.
+        precision: Of the Trainer.
     """
 
     model: str
     conditioned: str
     drops: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    precision: str = "32-true"
 
     def __str__(self) -> str:
-        return f"{self.model}-{self.conditioned}"
+        name = f"{self.model}-{self.conditioned}"
+        return name if self.precision == "32-true" else f"{name}-{self.precision}"
 
 
 class Dropped(Callback):
@@ -111,7 +114,7 @@ def train(case: Case, base: Path, steps: int, folder: Path, layout: str) -> dict
     world = int(os.environ.get("WORLD_SIZE", "1"))
     Watched.first = []
     module = make_module(
-        Pretrained(str(base), dtype="float64"),
+        Pretrained(str(base), dtype="float64" if case.precision == "32-true" else "float32"),
         CLPModule,
         conditioner=conditioner(case.conditioned),
         rewards={"kind": kind, "other": now_and_then if case.drops else loud},
@@ -125,7 +128,10 @@ def train(case: Case, base: Path, steps: int, folder: Path, layout: str) -> dict
     )
     # 20 batches in a pass, so that the third step of every pass has 4 of them.
     data = make_data(folder, holdout=0, batch_size=1)
-    dropped, settings = Dropped(), {"accumulate_grad_batches": PER_STEP // world}
+    dropped, settings = (
+        Dropped(),
+        {"accumulate_grad_batches": PER_STEP // world, "precision": case.precision},
+    )
     trainer = trainer_of(folder, layout, CLPCallback(), dropped, max_steps=steps, **settings)
     trainer.fit(module, data)
     weights = {n: whole(p) for n, p in module.policy.trained_parameters().items()}

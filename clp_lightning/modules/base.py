@@ -26,6 +26,7 @@ from .checkpoint import NameDamagedCheckpoint, warn_of_other_rewards
 from .optimizers import fuse_on_cpu
 from .precision import exact_tensors_kept
 from .schedule import LRDecay, schedule
+from .sharding import device_only
 
 __all__ = ["PolicyModule"]
 
@@ -133,6 +134,8 @@ class PolicyModule(Described, LightningModule):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Moves everything, but converts only the frozen base to half precision."""
+        if self.policy.is_sharded:  # already converted
+            return super()._apply(device_only(fn), recurse)
         with exact_tensors_kept(self):
             return super()._apply(fn, recurse)
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 if TYPE_CHECKING:
     from .base import PolicyModule
 
-__all__ = ["shard"]
+__all__ = ["device_only", "shard"]
+
+
+def device_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn`` as far as it moves tensors; what it converts to another type is moved only."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move
 
 
 def shard(module: PolicyModule, *further: nn.Module) -> None:
@@ -32,6 +43,8 @@ def shard(module: PolicyModule, *further: nn.Module) -> None:
             "ModelParallelStrategy's tensor_parallel_size to 1 and data_parallel_size to the "
             "number of devices."
         )
+    # `precision: bf16-true` before the split: `device_only` keeps it from what is split.
+    module.trainer.precision_plugin.convert_module(module)
     module.policy.shard(mesh["data_parallel"])
     for each in further:
         fully_shard(each, mesh=mesh["data_parallel"])
