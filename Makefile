@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Processes that share cores must not spin while they wait for each other.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install quickstart consistency tiny-t5 lint docs notebooks test test-all benchmark \
+.PHONY: install quickstart consistency tiny-t5 fuzz lint docs notebooks test test-all benchmark \
 	benchmark-exact benchmark-memory benchmark-smollm2 benchmark-step benchmark-conditioning \
 	benchmark-scaling clean
 .DEFAULT_GOAL := test
@@ -61,6 +61,10 @@ test: lint docs
 
 test-all: lint docs
 	$(PYTEST)
+
+# 2,000 damaged configs and 500 damaged data files: each ends in a run or in a refusal that helps.
+fuzz: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzzing
 
 # Every method on the exact task, about two hours on two cores: benchmarks/exact/README.md.
 benchmark-exact: install

@@ -8,6 +8,7 @@ import os
 import sys
 from importlib import import_module
 from inspect import signature
+from typing import NoReturn
 
 HELP = """\
 usage: python -m clp_lightning COMMAND [options]
@@ -50,6 +51,9 @@ def run(args: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from .mistakes import in_short
     from .modules import TrainingDiverged
     from .rewards import RewardError
 
@@ -60,12 +64,32 @@ def run(args: list[str] | None = None) -> None:
             from .cli import main
 
             main(args)
-    except (ValueError, OSError, ModuleNotFoundError, RewardError, TrainingDiverged) as error:
+    except (
+        ValueError,
+        OSError,
+        ModuleNotFoundError,
+        MisconfigurationException,
+        RewardError,
+        TrainingDiverged,
+    ) as error:
         if os.environ.get("CLP_LIGHTNING_TRACEBACK"):
             raise
-        print(f"error: {error}{_remedy(error)}", file=sys.stderr)
-        print("(CLP_LIGHTNING_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
-        sys.exit(2)
+        _refuse(f"{in_short(str(error))}{_remedy(error)}")
+    except (RuntimeError, MemoryError) as error:
+        if "allocate memory" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        if os.environ.get("CLP_LIGHTNING_TRACEBACK"):
+            raise
+        _refuse(
+            f"Out of memory: {error}. Lower batch sizes, samples, max_new_tokens or eval_rows; "
+            "`python -m clp_lightning plan --config ...` says what takes how much."
+        )
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    print("(CLP_LIGHTNING_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
+    sys.exit(2)
 
 
 def _remedy(error: Exception) -> str:
@@ -81,6 +105,11 @@ def _remedy(error: Exception) -> str:
 def _run_tool(name: str, *args: str) -> None:
     from jsonargparse import ActionConfigFile, ArgumentParser
 
+    from .mistakes import ShortErrors
+
+    class Parser(ShortErrors, ArgumentParser):
+        pass
+
     function = getattr(import_module(f".{name}", __package__), name)
     parameters = signature(function).parameters.values()
     switches = [f"--{p.name}" for p in parameters if p.annotation == "bool"]
@@ -94,7 +123,7 @@ def _run_tool(name: str, *args: str) -> None:
             bare, said = _bare(said)
             said += [f"--{parameter.name}={json.dumps(bare)}"] if bare else []
     # Not its `auto_cli`, which keeps an argument called `config` to itself.
-    parser = ArgumentParser(prog=f"python -m clp_lightning {name}")
+    parser = Parser(prog=f"python -m clp_lightning {name}")
     if "config" not in signature(function).parameters:
         parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with options.")
     parser.add_function_arguments(function, as_positional=False)

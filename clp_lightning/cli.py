@@ -17,8 +17,13 @@ from . import callbacks, conditioning, data, exact, modules, rewards  # noqa: F4
 from .callbacks import FrontCallback, PredictionsCallback
 from .callbacks.loggers import set_aside
 from .checkpoints import checkpoint_file
+from .mistakes import ShortErrors
 
 __all__ = ["CLI", "main"]
+
+
+class Parser(ShortErrors, LightningArgumentParser):
+    """Lightning's parser; what is wrong it says in a line."""
 
 
 class CLI(LightningCLI):
@@ -33,6 +38,12 @@ class CLI(LightningCLI):
         Lightning would let them replace what was asked for. A checkpoint that does not fit is
         refused when it is loaded.
         """
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ValueError(f"seed_everything: {error}.") from error
 
     def before_instantiate_classes(self) -> None:
         """Lets ``--ckpt_path`` name a run folder."""
@@ -93,6 +104,7 @@ def main(args: Sequence[str] | None = None, run: bool = True) -> CLI:
         auto_configure_optimizers=False,
         save_config_callback=RunConfig,
         seed_everything_default=0,
+        parser_class=Parser,
         trainer_defaults={
             "use_distributed_sampler": False,
             "callbacks": [PredictionsCallback()],

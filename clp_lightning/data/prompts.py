@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ class PromptDataModule(LightningDataModule):
             )
         if holdout is None:
             holdout = 0 if own_eval else 0.05
-        if holdout < 0 or (holdout > 1 and holdout != int(holdout)):
+        if not 0 <= holdout < math.inf or (holdout > 1 and holdout != int(holdout)):
             raise ValueError(f"holdout is a number of rows or a share below 1, not {holdout}.")
         self.source_config, self.split, self.eval_split = source_config, split, eval_split
         self.holdout, self.eval_prompts, self.limit = holdout, eval_prompts, limit

@@ -51,6 +51,20 @@ def _builder(path: Path) -> str | None:
     return _BUILDERS.get(path.suffix.lower())
 
 
+def _check_encoding(path: Path) -> None:
+    """Readers of data sets let wrong bytes through, which fail where their row is first used."""
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for _ in lines:
+                number += 1
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"The data file '{path}' is not UTF-8 in or soon behind line {number + 1} ({error}); "
+            "save it in that encoding."
+        ) from None
+
+
 def load_rows(source: Source, config: str | None, split: str) -> Dataset:
     """The rows of a source.
 
@@ -75,6 +89,8 @@ def load_rows(source: Source, config: str | None, split: str) -> Dataset:
             raise FileNotFoundError(f"The data file '{source}' does not exist.")
         if path.stat().st_size == 0:
             raise ValueError(f"The data file '{source}' is empty.")
+        if builder != "parquet":
+            _check_encoding(path)
         try:
             return load_dataset(builder, data_files=str(path), split="train")
         except Exception as error:

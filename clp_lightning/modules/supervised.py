@@ -84,6 +84,8 @@ class SupervisedModule(PolicyModule):
         rouge: bool = False,
         seed: int | None = None,
     ) -> None:
+        if lora_rank < 0:
+            raise ValueError(f"lora_rank must be 0 (train everything) or more; got {lora_rank}.")
         conditioner: Conditioner = Unconditioned()
         if lora_rank:
             conditioner = LoRA(shared_rank=lora_rank, shared_targets="all-linear")
@@ -96,6 +98,8 @@ class SupervisedModule(PolicyModule):
         self.response_column = response_column
         self.assistant_turns = check_choice("assistant_turns", assistant_turns, _TURNS)
         self.rouge = Rouge("response") if rouge else None
+        if max_response_tokens < 1:
+            raise ValueError(f"max_response_tokens must be at least 1; got {max_response_tokens}.")
         self.max_response_tokens = max_response_tokens
         self.seed = resolve_seed(seed)
         # Two, because a validation may come between two micro-batches of a step.

@@ -107,7 +107,9 @@ class TransformersEngine(Engine):
     def generate(self, policy: Policy, batch: PromptBatch, n: int, sampling: Sampling) -> Rollout:
         preference = batch.preference
         if preference is None:
-            raise RuntimeError("The batch has no preference; add CLPCallback to the Trainer.")
+            raise ValueError(
+                "The batch has no preference; add CLPCallback to the Trainer's callbacks."
+            )
         rewritten = policy.conditioner.rewrites and not policy.is_reference
         input_ids, prompt_mask = policy.encode(batch.prompts, preference if rewritten else None)
         _check_positions(policy.model, int(prompt_mask.sum(-1).max()), sampling.max_new_tokens)

@@ -258,7 +258,7 @@ def test_what_is_logged(base: Pretrained, tmp_path: Path) -> None:
 def test_without_the_callback_it_says_so(base: Pretrained, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, CLPCallback(), max_steps=1)
     trainer.callbacks.pop(0)
-    with pytest.raises(RuntimeError, match="The batch has no preference; add CLPCallback"):
+    with pytest.raises(ValueError, match="The batch has no preference; add CLPCallback"):
         trainer.fit(make_module(base, statistics_prompts=0), make_data(tmp_path))
 
 

@@ -1,0 +1,157 @@
+"""A parser's account of a mistake in few lines: where it is, what is wrong, what would be right."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, NoReturn
+
+__all__ = ["ShortErrors", "in_short"]
+
+_WIDTH = 160
+_CLASS = re.compile(r"Problem with given class_path '([\w.]+)':")
+_KEY = re.compile(r"Parser key \"([^\"]+)\":")
+_OPTION = re.compile(r"Option '([^']+)' is not accepted")
+_NO_CLASS = re.compile(r"Not a valid subclass of (\w+)")
+_VALUE = re.compile(r"Given value: (.*)")
+_NOISE = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Given value type",
+    "Expected a <class 'None",
+)
+
+
+class ShortErrors:
+    """Of a parser of jsonargparse: a mistake is told in a line or two, and exits with 2."""
+
+    exit_on_error: bool
+    prog: str
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Says what is wrong; raises where jsonargparse would."""
+        if not self.exit_on_error or os.environ.get("CLP_LIGHTNING_TRACEBACK"):
+            above: Any = super()
+            above.error(message, ex)
+        print(f"error: {in_short(message)}", file=sys.stderr)
+        print(f"See {self.prog.replace(' [options]', '')} --help.", file=sys.stderr)
+        sys.exit(2)
+
+
+def in_short(message: str) -> str:
+    """The innermost complaint of jsonargparse's nested ones, with the way to it.
+
+    Args:
+        message: What ``ArgumentParser.error`` is given.
+
+    Returns:
+        One line, or the message as it is where it has no such structure.
+
+    Example:
+        >>> print(in_short('''Parser key "data":
+        ...   Does not validate against any of the Union subtypes
+        ...   Errors:
+        ...     - Problem with given class_path 'clp_lightning.Brevity':
+        ...         Option 'taget' is not accepted
+        ...     - Expected a <class 'NoneType'>'''))
+        data (Brevity): Option 'taget' is not accepted; did you mean 'target'?
+    """
+    root = _tree(message)
+    found = max(_complaints(root, ""), key=lambda each: each.depth, default=None)
+    if found is None or "\n" not in message:
+        return message
+    text = found.text
+    if found.owner and (option := _OPTION.match(text)):
+        text += _suggestion(option[1].split(".")[0], found.owner)
+    if no_class := _NO_CLASS.match(text):
+        text = f"not a valid {no_class[1]}; give its class_path, and its arguments as init_args"
+    told = "Got value" in text or _OPTION.match(text)
+    if found.value and not told and not found.value.startswith("Namespace("):
+        text += f"; got {_described(found.value)}"
+    return f"{found.where.strip()}: {text}" if found.where else text
+
+
+@dataclass
+class _Line:
+    indent: int
+    text: str
+    below: list[_Line] = field(default_factory=list)
+
+
+@dataclass
+class _Complaint:
+    where: str
+    text: str
+    depth: int
+    owner: str | None = None
+    value: str | None = None
+
+
+def _tree(message: str) -> _Line:
+    root = _Line(-1, "")
+    open_ = [root]
+    for raw in message.splitlines():
+        text = raw.strip().removeprefix("- ")
+        if not text:
+            continue
+        line = _Line(len(raw) - len(raw.lstrip()), text)
+        while open_[-1].indent >= line.indent:
+            open_.pop()
+        open_[-1].below.append(line)
+        open_.append(line)
+    return root
+
+
+def _complaints(
+    line: _Line, where: str, owner: str | None = None, value: str | None = None
+) -> Iterator[_Complaint]:
+    """Every line that says what is wrong, with the keys and classes on the way to it."""
+    values = (_VALUE.match(each.text) for each in line.below)
+    value = next((match[1] for match in values if match), value)
+    for each in line.below:
+        if key := _KEY.match(each.text):
+            joint = "." if where and not where.endswith(" ") else ""
+            yield from _complaints(each, f"{where}{joint}{key[1]}", owner, None)
+        elif given := _CLASS.match(each.text):
+            # In full where the class itself may be the mistake.
+            full = any(line.text.startswith(("No module", "Import")) for line in each.below)
+            name = given[1] if full else given[1].rpartition(".")[2]
+            yield from _complaints(each, f"{where} ({name}) ".lstrip(), given[1], None)
+        elif not each.text.startswith((*_NOISE, "Given value", "Subclass types")):
+            yield _Complaint(where, each.text, each.indent, owner, value)
+        elif not each.text.startswith("Subclass types"):
+            yield from _complaints(each, where, owner, value)
+
+
+def _suggestion(option: str, owner: str) -> str:
+    """What the class does accept."""
+    module, _, name = owner.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+        accepted = [p for p in inspect.signature(found).parameters if p not in ("args", "kwargs")]
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return ""
+    close = difflib.get_close_matches(option, [*accepted, "class_path", "init_args"], n=1)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    shown = ", ".join(accepted)
+    return f"; it takes {shown if len(shown) <= _WIDTH else shown[:_WIDTH] + ' …'}"
+
+
+def _described(value: str) -> str:
+    try:
+        read = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        read = value
+    if isinstance(read, dict):
+        return f"the keys {', '.join(map(str, read))}"
+    shown = value if len(value) <= _WIDTH else value[:_WIDTH] + " …"
+    return f"{type(read).__name__} {shown}" if not isinstance(read, str) else shown

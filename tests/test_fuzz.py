@@ -1,0 +1,71 @@
+"""Damaged configs and data: a run, or a refusal that names the damage. `make fuzz` tries more."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clp_lightning.mistakes import in_short
+from tests.fuzzing import Trial, mutated, refusal
+
+TYPO = """\
+Parser key "model":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'lightning.pytorch.core.module.LightningModule'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'clp_lightning.CLPModule':
+        Parser key "rewards":
+          Does not validate against any of the Union subtypes
+          Errors:
+            - Not a valid subclass of Reward
+              Subclass types expect one of:
+              - a class path (str)
+            - Expected a <class 'str'>
+          Given value type: <class 'dict'>
+          Given value: {'clas_path': 'Brevity'}
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'dict'>
+  Given value: {'class_path': 'CLPModule'}"""
+
+
+def test_the_innermost_complaint_is_told() -> None:
+    assert in_short(TYPO) == (
+        "model (CLPModule) rewards: not a valid Reward; give its class_path, and its arguments as "
+        "init_args; got the keys clas_path"
+    )
+    assert in_short("unrecognized arguments: --x") == "unrecognized arguments: --x"
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "fault"),
+    [
+        (0, "", None),
+        (2, "a warning\nerror: lr must be above 0\n", None),
+        (2, "error: something is wrong\n", "names none of ['lr']"),
+        (2, "error: lr\n" * 9, "9 lines"),
+        (1, "error: lr\n", "exit 1"),
+        (2, "Traceback (most recent call last)\nerror: lr", "a traceback"),
+        (None, "", "not over after 20 s"),
+    ],
+)
+def test_what_a_good_answer_is(code: int | None, output: str, fault: str | None) -> None:
+    assert Trial("negative lr", "", ["lr"], code, output).fault == fault
+
+
+def test_mutations_are_seeded() -> None:
+    config = {"a": {"b": 1, "class_path": "X"}, "c": [0.5, "d/e"]}
+    once, again = ([mutated(config, random.Random(5)) for _ in range(2)] for _ in range(2))
+    assert [trial.text for trial in once] == [trial.text for trial in again]
+    assert refusal("one\n\nerror: two\nthree") == ["error: two", "three"]
+
+
+def test_a_sample() -> None:
+    # In a process of its own: children are forked, and this one has threads.
+    command = [sys.executable, "-m", "tests.fuzzing", "--configs", "16", "--files", "6"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
