@@ -78,7 +78,10 @@ JOBS: dict[str, tuple[list[str], list[Number]]] = {
     ),
     "step-smollm2-lora": (
         ["step.py", "--size", "smollm2-lora", "--rounds", "4", "--rivals", "rloo"],
-        [rloo("SmolLM2-135M, LoRA-CLP K = 3, against RLOO with PEFT LoRA", 3)],
+        [
+            rloo("SmolLM2-135M, LoRA-CLP K = 3, against RLOO with PEFT LoRA", 3),
+            Number("its step against that of one plain adapter", r"ratio clp/plain: ([\d.]+)", 1.1),
+        ],
     ),
     "step-t5-tiny": (["step.py", "--size", "t5-tiny"], []),
     "conditioning": (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from clp_lightning import CLPCallback
 from clp_lightning.cli import main
@@ -27,7 +28,8 @@ from tests.suite import (
 
 FAST = ["quality.yaml", "2_rouge.yaml"]
 # Without the package that reads it, all of that file but the number format is run.
-PLAIN = [] if find_spec("bitsandbytes") else ["--model.pretrained=Qwen/Qwen2.5-7B-Instruct"]
+ON_GPU = torch.cuda.is_available() and find_spec("bitsandbytes")
+PLAIN = [] if ON_GPU else ["--model.pretrained=Qwen/Qwen2.5-7B-Instruct"]
 STEPS = ["--trainer.max_steps=2", "--trainer.accelerator=cpu"]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 

@@ -24,7 +24,7 @@ from ..policy import Policy
 from ..pretrained import fingerprint
 from .checkpoint import NameDamagedCheckpoint, warn_of_other_rewards
 from .optimizers import fuse_on_cpu
-from .precision import exact_tensors_kept
+from .precision import check_quantised, exact_tensors_kept
 from .schedule import LRDecay, schedule
 from .sharding import device_only
 
@@ -143,6 +143,7 @@ class PolicyModule(Described, LightningModule):
         self.trained_steps = self.global_step
 
     def configure_optimizers(self) -> Any:
+        check_quantised(self.policy.model)
         conditioner = self.policy.conditioner
         shared = conditioner.shared()
         ids = {id(parameter) for parameter in shared}

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["exact_tensors_kept", "float32_by_default"]
+__all__ = ["check_quantised", "exact_tensors_kept", "float32_by_default"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -48,3 +48,20 @@ def exact_tensors_kept(module: nn.Module) -> Iterator[None]:
         converted = owner.get_buffer(name)
         if converted.dtype in _HALF:
             owner._buffers[name] = buffer.to(converted.device)
+
+
+def check_quantised(model: nn.Module) -> None:
+    """Refuses to train around quantised weights on the CPU.
+
+    There bitsandbytes packs its weights anew in the first forward in eval mode, and gradients that
+    pass through them afterwards are wrong.
+
+    Raises:
+        ValueError: says what to do instead.
+    """
+    found = [p for p in model.parameters() if type(p).__module__.startswith("bitsandbytes")]
+    if any(p.device.type == "cpu" for p in found):
+        raise ValueError(
+            "A base quantised by bitsandbytes has wrong gradients on the CPU; train it on a GPU, "
+            "or leave quantization_config out (`dtype: bfloat16` halves the memory)."
+        )

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from clp_lightning import LoRA, Mixture, RunCheckpoint, SoftPrompt, SupervisedModule
 from clp_lightning.conditioning import Gate
 from clp_lightning.modules import Critic
+from clp_lightning.modules.precision import check_quantised
 from tests.runs import make_data, make_module, make_trainer
 
 
@@ -72,3 +73,14 @@ def test_the_supervised_module_too(tiny_folder: Callable[..., Path], tmp_path: P
     trainer = Trainer(default_root_dir=tmp_path, precision="bf16-true", **options)
     trainer.fit(module, make_data(tmp_path))
     assert {value.dtype for value in trained(module).values()} == {torch.float32}
+
+
+def test_a_base_of_bitsandbytes_is_not_trained_on_the_cpu() -> None:
+    class Params4bit(nn.Parameter):
+        __module__ = "bitsandbytes.nn.modules"
+
+    model = nn.Linear(2, 2)
+    check_quantised(model)
+    model.weight = Params4bit(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="train it on a GPU"):
+        check_quantised(model)
