@@ -123,7 +123,8 @@ def _linear(module: Any, mixed: Mixed, scope: Scope, x: Tensor) -> Tensor:
         deltas, columns = mixed["weight"]
         if isinstance(module, Conv1D):
             deltas = [delta.T for delta in deltas]
-        out = grouped_linear(x, weight, deltas, scope.coefficients[::rows, columns])
+        coefficients = scope.coefficients[::rows, columns].to(x.device)
+        out = grouped_linear(x, weight, deltas, coefficients)
     else:
         out = _mixed(module, mixed["weight"], scope, x, weight)
     if module.bias is not None:

@@ -50,7 +50,7 @@ class _Grouped(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, coefficients, *deltas)
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if not x.is_meta and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         groups = x.reshape(len(coefficients), -1, x.shape[-1])
         out = groups.new_empty(*groups.shape[:2], len(weight))
