@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import threading
@@ -33,6 +34,7 @@ class Holds(Callback):
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step % EVERY:
             return
+        gc.collect()  # a figure is garbage in a cycle, which is no leak
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         record = {
             "megabytes": pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
@@ -48,7 +50,7 @@ class Holds(Callback):
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells what it holds")
 def test_nothing_grows(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     config = run_config(tmp_path, tiny_folder(), max_steps=STEPS, accumulate_grad_batches=1)
-    config["trainer"] |= {"val_check_interval": 500, "check_val_every_n_epoch": None}
+    config["trainer"]["val_check_interval"] = 100  # the first front loads what draws it
     config["trainer"]["logger"] = {
         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
         "init_args": {"save_dir": str(tmp_path), "name": "run", "version": ""},
@@ -67,7 +69,6 @@ def test_nothing_grows(tiny_folder: Callable[..., Path], tmp_path: Path) -> None
     megabytes = [record["megabytes"] for record in late]
     growth = float(np.polyfit(range(len(megabytes)), megabytes, 1)[0])
     assert growth < 1, megabytes
-    # The first front has been written by step 500.
     for what in ("descriptors", "threads", "files"):
-        counts = [record[what] for record in records[500 // EVERY :]]
+        counts = [record[what] for record in late]
         assert max(counts) == counts[0], counts
