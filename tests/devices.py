@@ -119,11 +119,12 @@ def train(case: Case, base: Path, steps: int, folder: Path, layout: str) -> dict
         conditioner=conditioner(case.conditioned),
         rewards={"kind": kind, "other": now_and_then if case.drops else loud},
         on_reward_error="drop" if case.drops else "raise",
-        samples_per_prompt=2,
+        optimizer=Watched,
+        lr=0.005,  # small enough that no run magnifies rounding
+        # Four, or all samples of a batch might be dropped, which shards refuse.
+        samples_per_prompt=4 if case.drops else 2,
         max_new_tokens=4,
         statistics_prompts=2,
-        optimizer=Watched,
-        lr=0.02,  # small enough that no run magnifies rounding
         **case.options,
     )
     # 20 batches in a pass, so that the third step of every pass has 4 of them.
