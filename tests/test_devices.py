@@ -128,4 +128,4 @@ def test_shards_do_what_one_process_does(tiny_folder: Callable[..., Path], tmp_p
         run_group(jobs, tmp_path / layout, layout, world, timeout=240)
     for case in cases:
         one, many = (load(tmp_path / layout, str(case)) for layout in ("one", "fsdp"))
-        check_equal(one, many, within=1e-5 if case is half else 1e-8)
+        check_equal(one, many, within=1e-4 if case is half else 1e-8)
