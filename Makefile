@@ -11,6 +11,8 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 # Processes that share cores must not spin while they wait for each other.
 export OMP_WAIT_POLICY := PASSIVE
+# A process that has the machine to itself: threads that wait for the next product may stay awake.
+ALONE := env -u OMP_WAIT_POLICY $(BIN)/python
 
 .PHONY: install quickstart consistency tiny-t5 fuzz lint docs notebooks test test-all benchmark \
 	benchmark-exact benchmark-memory benchmark-smollm2 benchmark-step benchmark-conditioning \
@@ -30,14 +32,14 @@ $(STAMP): pyproject.toml constraints.txt requirements-models.txt
 	@touch $@
 
 quickstart: install
-	$(BIN)/python -m clp_lightning fit --config configs/warmup.yaml
-	$(BIN)/python -m clp_lightning fit --config configs/quickstart.yaml
+	$(ALONE) -m clp_lightning fit --config configs/warmup.yaml
+	$(ALONE) -m clp_lightning fit --config configs/quickstart.yaml
 
 # A trained reward head, then CLP between it, ROUGE and brevity: docs/howto/consistency.md.
 consistency: install
-	$(BIN)/python -m clp_lightning fit --config configs/consistency/head.yaml
-	$(BIN)/python -m clp_lightning fit --config configs/warmup.yaml
-	$(BIN)/python -m clp_lightning fit --config configs/consistency.yaml
+	$(ALONE) -m clp_lightning fit --config configs/consistency/head.yaml
+	$(ALONE) -m clp_lightning fit --config configs/warmup.yaml
+	$(ALONE) -m clp_lightning fit --config configs/consistency.yaml
 
 lint: install
 	$(BIN)/ruff check .
@@ -69,9 +71,6 @@ fuzz: install
 # Every method on the exact task, about two hours on two cores: benchmarks/exact/README.md.
 benchmark-exact: install
 	$(BIN)/python -m benchmarks.exact.run --jobs $(JOBS)
-
-# These have the machine to themselves: threads that wait for the next product may stay awake.
-ALONE := env -u OMP_WAIT_POLICY $(BIN)/python
 
 # All of speed and memory, about 40 minutes: writes benchmarks/README.md. Wants `make quickstart` before.
 benchmark: install
