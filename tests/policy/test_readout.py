@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import BartConfig, BartForConditionalGeneration
 
 from clp_lightning import LoRA, Mixture, Policy, PromptText, Sampling, TransformersEngine
 from clp_lightning.conditioning import Conditioner
 from clp_lightning.policy import policy as policy_module
 from tests.helpers import build_policy, prompt_batch
-from tests.tiny import KINDS, tiny_model, tiny_tokenizer
+from tests.tiny import EOS, KINDS, PAD, VOCABULARY, tiny_model, tiny_tokenizer
 
 PROMPTS = ["ab", "hello", "a prompt past the window"]
 CONDITIONERS: dict[str, Callable[[], Conditioner]] = {
@@ -98,3 +100,44 @@ def test_a_model_that_goes_on_behind_its_output_layer_is_not_cut(
         policy = build_policy(folder)
         read(policy, False, [])
         assert policy._can_be_cut is cut
+
+
+def test_a_model_with_a_bias_behind_its_output_layer_is_not_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = {"encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(
+        vocab_size=len(VOCABULARY),
+        d_model=32,
+        **layers,
+        **heads,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        decoder_start_token_id=EOS,
+    )
+    BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    found = []
+    for many in (2**26, 0):
+        monkeypatch.setattr(policy_module, "_MANY_LOGITS", many)
+        policy = build_policy(tmp_path, perturb=0.05)
+        found.append(read(policy, False, []))
+    assert policy._can_be_cut is False
+    for cut, whole in zip(*found, strict=True):
+        assert torch.equal(cut, whole)
+
+
+def test_a_sharded_model_is_not_cut(
+    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To ask whether it can takes a forward, for which the other devices would have to wait."""
+    policy = build_policy(tiny_folder("llama"))
+    monkeypatch.setattr(policy_module, "_MANY_LOGITS", 0)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        policy.shard(init_device_mesh("cpu", (1,)))
+        read(policy, False, [])
+    finally:
+        distributed.destroy_process_group()
+    assert policy._can_be_cut is None
