@@ -65,18 +65,20 @@ class _Grouped(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         groups = x.reshape(len(coefficients), -1, x.shape[-1]).to(grad.dtype)
         up = grad.reshape(*groups.shape[:2], -1)
-        to_x = torch.zeros_like(groups) if wanted[0] else None
+        # Half precision would be rounded again in every block.
+        exact = torch.promote_types(grad.dtype, torch.float32)
+        to_x = torch.zeros_like(groups, dtype=exact) if wanted[0] else None
         to_deltas = [
             torch.empty_like(d) if w else None for d, w in zip(deltas, wanted[3:], strict=True)
         ]
+        by_delta = coefficients.to(deltas[0].dtype).T
         for block, merged in _merged(weight, coefficients, deltas):
             part = up[..., block].contiguous()
             if to_x is not None:
                 to_x += product(part, merged.to(grad.dtype))
             if any(wanted[3:]):
-                of_weights = product(part.mT, groups).flatten(1).to(coefficients.dtype)
-                sums = coefficients.T @ of_weights
-                for own, found in zip(to_deltas, sums, strict=True):
+                of_weights = product(part.mT, groups).flatten(1).to(by_delta.dtype)
+                for own, found in zip(to_deltas, by_delta @ of_weights, strict=True):
                     if own is not None:
                         own[block] = found.view(-1, x.shape[-1])
         return None if to_x is None else to_x.view_as(x).to(x.dtype), None, None, *to_deltas

@@ -67,6 +67,33 @@ def test_a_bfloat16_weight_gets_its_deltas_with_one_rounding() -> None:
     assert all(d.grad is not None and d.grad.dtype == torch.float32 for d in deltas)
 
 
+@pytest.mark.parametrize("block", [1, 2**20])
+def test_half_precision_is_as_exact_in_many_blocks_as_in_one(
+    monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(grouped, "_BLOCK", block)
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 16, generator=draw).bfloat16()
+    delta, c = torch.zeros(256, 16), torch.ones(2, 1)
+    x = torch.randn(4, 8, 16, generator=draw).bfloat16().requires_grad_()
+    up = torch.randn(4, 8, 256, generator=draw).bfloat16()
+    (found,) = torch.autograd.grad(grouped_linear(x, weight, [delta], c), x, up)
+    exact = up.double() @ weight.double()
+    # One rounding of each number is 2^-9 of it at most; of every block's sum 1.4e-2 in all.
+    assert (found - exact).norm() < 3e-3 * exact.norm()
+
+
+def test_double_precision_has_no_single_one_on_its_way() -> None:
+    x, weight, c, *deltas = (t.detach().double() for t in tensors((6, 5), 7, 2, 3))
+    for tensor in (x, *deltas):
+        tensor.requires_grad_()
+    up = torch.randn(6, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    # Coefficients stay in single precision, as a preference is.
+    ours = torch.autograd.grad(grouped_linear(x, weight, deltas, c.float()), [x, *deltas], up)
+    true = torch.autograd.grad(exactly(x, weight, c, *deltas), [x, *deltas], up)
+    torch.testing.assert_close(ours, true, atol=1e-12, rtol=1e-12)
+
+
 def test_autocast_multiplies_in_its_precision() -> None:
     x, weight, c, *deltas = tensors((6, 5), 7, 2, 3)
     with torch.autocast("cpu", torch.bfloat16):
