@@ -11,6 +11,7 @@ import torch
 
 from clp_lightning import Mixture, Preference, Pretrained, Sampling, TransformersEngine
 from clp_lightning.conditioning import Gate, rowwise
+from clp_lightning.conditioning.base import Scope
 from clp_lightning.functional.grouped import grouped_linear
 from tests.helpers import build_policy, prompt_batch
 
@@ -120,3 +121,11 @@ def test_learned_coefficients_keep_their_gradient(
     assert any(
         p.grad is not None and bool(p.grad.any()) for p in conditioner.coefficients.parameters()
     )
+
+
+def test_sums_that_differ_in_bfloat16_s_last_places_are_not_alike() -> None:
+    """Or the base weight of one row would be 2 % too small for another."""
+    for other, expected in ((0.48, 0.0), (0.5, 0.95)):
+        factors = torch.tensor([[0.95, 0.0], [0.45, other]])
+        found = rowwise._common_sum(Scope(factors), factors, (0, 1), torch.bfloat16)
+        assert found == pytest.approx(expected)
