@@ -105,13 +105,13 @@ def test_a_model_that_goes_on_behind_its_output_layer_is_not_cut(
 def test_a_model_with_a_bias_behind_its_output_layer_is_not_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layers = {"encoder_layers": 1, "decoder_layers": 1}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     config = BartConfig(
         vocab_size=len(VOCABULARY),
         d_model=32,
-        **layers,
-        **heads,
+        encoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_layers=1,
+        decoder_attention_heads=2,
         pad_token_id=PAD,
         eos_token_id=EOS,
         decoder_start_token_id=EOS,
