@@ -305,16 +305,20 @@ class Policy(nn.Module):
         if self.is_sharded or a_position * ids.shape[1] < _MANY_LOGITS:
             return Readout(of_logits)
         if self._can_be_cut is None:
-            self._can_be_cut = can_be_cut(self.model, lambda: self._first_logits(rollout))
+            self._can_be_cut = self._ask_whether_cut(rollout)
         if not self._can_be_cut:
             return Readout(of_logits)
         head: nn.Module = self.model.get_output_embeddings()
         positions = max(1, _PIECE // a_position)
         return InPieces(of_logits, head, positions, self.conditioner.checkpoint_context)
 
-    def _first_logits(self, rollout: Rollout) -> Tensor:
-        with self.reference(), self.eval_mode(), self.rows(rollout.groups[:1]):
-            return read_prompt(self.model, rollout.input_ids[:1], rollout.prompt_mask[:1]).logits
+    @torch.no_grad()
+    def _ask_whether_cut(self, rollout: Rollout) -> bool:
+        first = rollout.groups.new_zeros(1)
+        # Not as the reference, which not every conditioner has; a session of its own forgets.
+        with self.conditioner.session(), self.eval_mode(), self.rows(first):
+            ids, mask = rollout.input_ids[first], rollout.prompt_mask[first]
+            return can_be_cut(self.model, lambda: read_prompt(self.model, ids, mask).logits)
 
     @contextmanager
     def eval_mode(self, unless: bool = False) -> Iterator[None]:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import BartConfig, BartForConditionalGeneration
 
 from clp_lightning import LoRA, Mixture, Policy, PromptText, Sampling, TransformersEngine
-from clp_lightning.conditioning import Conditioner
+from clp_lightning.conditioning import Conditioner, Unconditioned
 from clp_lightning.policy import policy as policy_module
 from tests.helpers import build_policy, prompt_batch
 from tests.tiny import EOS, KINDS, PAD, VOCABULARY, tiny_model, tiny_tokenizer
@@ -87,6 +87,25 @@ def test_pieces_change_nothing(
         assert (max(sizes) <= 2) == (many == 0)
     for pieces, whole in zip(*found, strict=True):
         torch.testing.assert_close(pieces, whole, atol=5e-5, rtol=1e-4)
+
+
+def test_a_policy_without_a_reference_is_cut_too(
+    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = build_policy(tiny_folder("llama"), Unconditioned())
+    rollout = TransformersEngine().generate(policy, prompt_batch(PROMPTS), 2, Sampling(7))
+    monkeypatch.setattr(policy_module, "_PIECE", 1)
+    found = []
+    for many in (2**26, 0):
+        monkeypatch.setattr(policy_module, "_MANY_LOGITS", many)
+        policy.zero_grad()
+        with policy.conditioned(rollout.preference):
+            logp = policy.logprobs(rollout)
+        logp[rollout.response_mask].sum().backward()
+        grads = [p.grad for p in policy.trained_parameters().values()]
+        found.append([logp.detach()[rollout.response_mask], *grads])
+    assert policy._can_be_cut
+    torch.testing.assert_close(*found, atol=5e-5, rtol=1e-4)
 
 
 def test_a_model_that_goes_on_behind_its_output_layer_is_not_cut(
