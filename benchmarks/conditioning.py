@@ -2,14 +2,15 @@
 
     python benchmarks/conditioning.py [--size 10m] [--rewards 2 3 8] [--forms full/merge lora]
 
-Each form and the unconditioned model take turns: the policy pass with its backward, AdamW, and
-sampling; rewards and the reference, which no conditioner changes, are left out. Ratios are medians
-over paired rounds. Forms end with their mixing: `merge` computes plain weights for one preference
-after the other, `row` mixes in every row, `auto` merges in training and mixes rows in decoding.
-With one preference a batch, `row` still mixes rows.
+Each form and the unconditioned model, which trains all of its weights (beside LoRA and prompts
+too), take turns: the policy pass with its backward, AdamW, and sampling; rewards and the reference,
+which no conditioner changes, are left out. Ratios are medians over paired rounds. Forms end with
+their mixing: `merge` computes plain weights for one preference after the other, `row` takes all
+preferences at once (layers merge for each where many positions stand under it, and mix rows
+elsewhere), `auto` merges in training and mixes rows in decoding.
 
-Break-even: up to so many response tokens per preference, row mixing costs less than merging, whose
-price is paid for every preference; row mixing costs more by the token.
+Break-even: up to so many response tokens per preference, `row` costs less than `merge`, whose price
+is paid for every preference; `row` costs more by the token.
 """
 
 from __future__ import annotations

@@ -133,9 +133,14 @@ def _status(field: str) -> int:
 
 
 def take_turns(
-    loops: Sequence[Loop], rounds: int, warmup: int
+    loops: Sequence[Loop],
+    rounds: int,
+    warmup: int,
+    check: Callable[[Loop], None] = lambda loop: None,
 ) -> dict[str, list[dict[str, float]]]:
     """Runs the loops in alternation, a step each, every other round backwards.
+
+    ``check`` sees a loop behind every step.
 
     Returns:
         By loop, the phases of every round after the ``warmup``, and their sum as ``step``.
@@ -144,6 +149,7 @@ def take_turns(
     for number in range(warmup + rounds):
         for loop in loops if number % 2 else reversed(loops):
             seconds = loop.step()
+            check(loop)
             if number >= warmup:
                 found[loop.name].append({**loop.phases, "step": seconds})
     return found

@@ -200,8 +200,9 @@ def main(arguments: list[str] | None = None) -> int:
         folder = speed.save_model(Path(scratch) / "model", size)
         sides = our_loops(size, folder, steps, machine)
         sides += [trl_loop(name, size, folder, steps, machine, Path(scratch)) for name in rivals]
-        found = loops.take_turns(sides, args.rounds, args.warmup)
-        check_tokens(sides, size)
+        found = loops.take_turns(
+            sides, args.rounds, args.warmup, lambda loop: check_tokens([loop], size)
+        )
         show(sides, found, size)
         for loop in sides:
             loop.close()

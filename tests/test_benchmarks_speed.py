@@ -57,6 +57,21 @@ def test_step_stops_where_a_side_has_fewer_tokens(scripts: dict[str, Any]) -> No
         step.check_tokens([loop], size)
 
 
+def test_every_step_is_checked(scripts: dict[str, Any]) -> None:
+    def fit(loop: Any) -> None:
+        for tokens in (5, 4, 5):  # the last is right again
+            loop.count("generated", tokens)
+            loop.turn()
+
+    def check(loop: Any) -> None:
+        if loop.tokens != {"generated": 5}:
+            raise RuntimeError(f"{loop.name} differs")
+
+    loop = scripts["loops"].Loop("middle", fit, scripts["speed"].Machine("cpu"))
+    with pytest.raises(RuntimeError, match="middle differs"):
+        scripts["loops"].take_turns([loop], 3, 0, check)
+
+
 def test_phases_exclude_what_is_called_inside_and_sum_to_the_step(scripts: dict[str, Any]) -> None:
     ticks = iter(range(100))
 
@@ -140,6 +155,32 @@ def test_where_the_time_goes(scripts: dict[str, Any], capsys: pytest.CaptureFixt
     for part in ("rollout: ", "reference: ", "policy and backward: "):
         assert out.count(part) == 1
     assert out.count("  products ") == out.count("  attention ") == 3
+
+
+def test_kinds_of_operations(scripts: dict[str, Any]) -> None:
+    found = {name: scripts["where"].kind_of(f"aten::{name}") for name in ("addmm", "expand", "cat")}
+    assert found == {"addmm": "products", "expand": "elementwise and other", "cat": "copies"}
+
+
+@pytest.mark.parametrize(("code", "kept"), [(0, True), (1, True), (2, False), (-9, False)])
+def test_a_benchmark_that_did_not_run_is_no_result(
+    scripts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kept: bool
+) -> None:
+    """2 is what an option that is refused ends with; 1 a missed target."""
+    report = scripts["report"]
+    (tmp_path / "job.py").write_text(
+        "import os, signal, sys\n"
+        f"os.kill(os.getpid(), signal.SIGKILL) if {code} < 0 else sys.exit({code})\n"
+    )
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(report, "OUT", tmp_path)
+    monkeypatch.setitem(report.JOBS, "job", (["job.py"], []))
+    if kept:
+        report.run("job")
+    else:
+        with pytest.raises(RuntimeError, match="job failed"):
+            report.run("job")
+    assert (tmp_path / "job.txt").exists() == kept
 
 
 def test_the_report_has_every_number_it_asks_for(scripts: dict[str, Any]) -> None:
