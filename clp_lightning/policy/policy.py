@@ -301,8 +301,8 @@ class Policy(nn.Module):
     def _readout(self, rollout: Rollout, of_logits: OfLogits) -> Readout:
         ids = rollout.response_ids
         a_position = len(ids) * self.model.config.get_text_config().vocab_size
-        # Sharded layers compute inside the model's own forward only.
-        if self.is_sharded or a_position * ids.shape[1] < _MANY_LOGITS:
+        # On all devices of sharded weights where it is on one: to ask takes a forward.
+        if not self.most(int(a_position * ids.shape[1] >= _MANY_LOGITS)):
             return Readout(of_logits)
         if self._can_be_cut is None:
             self._can_be_cut = self._ask_whether_cut(rollout)

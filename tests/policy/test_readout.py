@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
+from torch.multiprocessing import spawn
 from transformers import BartConfig, BartForConditionalGeneration
 
 from clp_lightning import LoRA, Mixture, Policy, PromptText, Sampling, TransformersEngine
@@ -147,16 +150,36 @@ def test_a_model_with_a_bias_behind_its_output_layer_is_not_cut(
         assert torch.equal(cut, whole)
 
 
-def test_a_sharded_model_is_not_cut(
-    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+def test_shards_are_cut_where_one_device_has_many_logits(
+    tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """To ask whether it can takes a forward, for which the other devices would have to wait."""
-    policy = build_policy(tiny_folder("llama"))
-    monkeypatch.setattr(policy_module, "_MANY_LOGITS", 0)
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        policy.shard(init_device_mesh("cpu", (1,)))
-        read(policy, False, [])
-    finally:
-        distributed.destroy_process_group()
-    assert policy._can_be_cut is None
+    """Devices that cut, which they ask by a forward, and others that do not would wait forever."""
+    spawn(score_in_shards, (str(tmp_path), tiny_folder("llama")), nprocs=2)
+    for rank in range(2):
+        whole, pieces = torch.load(tmp_path / f"{rank}.pt")
+        assert len(whole) > 2
+        torch.testing.assert_close(pieces, whole, atol=5e-5, rtol=1e-4)
+
+
+def score_in_shards(rank: int, folder: str, model: Path) -> None:
+    """One response on one device and three on the other; whole, and cut above one."""
+    store, patience = f"file://{folder}/store", timedelta(seconds=20)
+    distributed.init_process_group("gloo", store, patience, rank=rank, world_size=2)
+    policy = build_policy(model, Mixture("full", mixing="row"), perturb=0.05)
+    policy.shard(init_device_mesh("cpu", (2,)))
+    policy_module._PIECE = 1
+    found = []
+    for many in (2**26, 2 * len(VOCABULARY) * 7 + 1):
+        policy_module._MANY_LOGITS = many
+        batch = prompt_batch(PROMPTS[: 1 + 2 * rank])
+        rollout = TransformersEngine().generate(policy, batch, 2, Sampling(7))
+        policy.zero_grad()
+        with policy.conditioned(rollout.preference):
+            logp = policy.logprobs(rollout)
+        logp[rollout.response_mask].sum().backward()
+        grads: list[Any] = [p.grad for p in policy.trained_parameters().values()]
+        shared = [grad.full_tensor() for grad in grads if grad is not None]
+        found.append([logp.detach()[rollout.response_mask], *shared])
+    assert policy._can_be_cut
+    torch.save(found, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
