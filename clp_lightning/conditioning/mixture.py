@@ -42,7 +42,8 @@ class Mixture(Conditioner):
         mixing: ``auto`` merges in training, which then needs one preference per Lightning batch,
             and mixes rows for several preferences elsewhere. ``row`` takes several preferences in
             training too, and merges for each of them, layer by layer, where many positions stand
-            under it. ``merge`` never mixes rows.
+            under it. ``merge`` never mixes rows. With a base in half precision merging rounds the
+            deltas to it, which mixing does not.
         coefficients: How (w, alpha) mix the deltas; ``Scaled()`` if None.
     """
 

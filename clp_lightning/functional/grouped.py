@@ -13,7 +13,9 @@ from .linear import product
 
 __all__ = ["grouped_linear"]
 
-_BLOCK = 2**20  # elements of the merged weights of all groups that are there at once
+# Elements of the merged weights of all groups that are there at once: on the CPU what a cache holds;
+# elsewhere starting an operation is what costs.
+_BLOCK, _BLOCK_ELSEWHERE = 2**20, 2**26
 
 
 def grouped_linear(
@@ -91,7 +93,8 @@ def _merged(
 
     Added in the deltas' precision, and rounded to the weight's once.
     """
-    features = max(1, _BLOCK // (len(coefficients) * weight.shape[1]))
+    most = _BLOCK if weight.device.type == "cpu" else _BLOCK_ELSEWHERE
+    features = max(1, most // (len(coefficients) * weight.shape[1]))
     columns = coefficients.to(deltas[0].dtype).T[..., None, None]
     for start in range(0, len(weight), features):
         block = slice(start, start + features)
