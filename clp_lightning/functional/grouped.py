@@ -13,8 +13,8 @@ from .linear import product
 
 __all__ = ["grouped_linear"]
 
-# Elements of the merged weights of all groups that are there at once: on the CPU what a cache holds;
-# elsewhere starting an operation is what costs.
+# Elements of the merged weights of all groups that are there at once: on the CPU as many as a
+# cache holds; elsewhere starting an operation is what costs.
 _BLOCK, _BLOCK_ELSEWHERE = 2**20, 2**26
 
 
