@@ -98,7 +98,7 @@ JOBS: dict[str, tuple[list[str], list[Number]]] = {
         ["memory.py"],
         [
             Number(
-                "peak memory against LoRA with a separate reference", r"separate: ([\d.]+)", 0.75
+                "peak memory against LoRA and a separate reference", r"clp/separate: ([\d.]+)", 0.75
             ),
         ],
     ),
@@ -156,10 +156,17 @@ def write() -> None:
         targets=markdown_table(["what", "target", "measured", "met", "command"], rows),
         machine=machine(),
         versions=", ".join(f"{name} {version(name)}" for name in libraries),
-        date=date.today().isoformat(),
+        date=_dates(),
     )
     (HERE / "README.md").write_text(text)
     print(f"report: {HERE / 'README.md'}")
+
+
+def _dates() -> str:
+    """When the oldest and the newest of the kept outputs were written."""
+    times = sorted(path.stat().st_mtime for path in OUT.glob("*.txt"))
+    days = [date.fromtimestamp(time).isoformat() for time in times] or ["never"]
+    return days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
 
 
 def _shown(command: list[str]) -> list[str]:
