@@ -23,7 +23,6 @@ from ..described import Described, check_choice, describe, import_path
 from ..policy import Policy
 from ..pretrained import fingerprint
 from .checkpoint import NameDamagedCheckpoint, warn_of_other_rewards
-from .optimizers import fuse_on_cpu
 from .precision import check_quantised, exact_tensors_kept
 from .schedule import LRDecay, schedule
 from .sharding import device_only
@@ -163,7 +162,7 @@ class PolicyModule(Described, LightningModule):
                 "rest='train', or LoRA's shared_rank above 0."
             )
         groups += self.further_groups()
-        optimizer = fuse_on_cpu(self.optimizer(groups))
+        optimizer = self.optimizer(groups)
         schedulers: list[LRScheduler] = []
         if self.warmup_steps or self.lr_decay != "none":
             steps = self.trainer.estimated_stepping_batches
