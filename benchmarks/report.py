@@ -150,9 +150,11 @@ def write() -> None:
         f"out_{name.replace('-', '_')}": f"```\n{outputs.get(name, 'not run').strip()}\n```"
         for name in JOBS
     }
+    plot = "![cost of a step against each of its sizes](scaling.png)"
     libraries = ("torch", "transformers", "lightning", "trl", "peft")
     text = string.Template((HERE / "README.template.md").read_text()).substitute(
         sections,
+        scaling_plot=plot if (HERE / "scaling.png").exists() else "",
         targets=markdown_table(["what", "target", "measured", "met", "command"], rows),
         machine=machine(),
         versions=", ".join(f"{name} {version(name)}" for name in libraries),
