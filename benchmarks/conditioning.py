@@ -72,7 +72,7 @@ class Work:
         self.policy.to(machine.device)
         self.num_rewards = num_rewards
         parameters = self.policy.trained_parameters().values()
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6)
         self.batch = PromptBatch(
             speed.prompt_rows(size, size.prompts)["prompt"][:], torch.arange(size.prompts)
         )
