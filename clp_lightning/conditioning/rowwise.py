@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..functional import linear
 from ..functional.grouped import grouped_linear
 from .base import Scope
+from .forwards import forwards_replaced
 
 __all__ = ["Change", "Mixed", "Place", "mix_rows", "mixed_forward", "why_not_rows"]
 
@@ -59,17 +60,11 @@ def mix_rows(changes: list[Change], scope: Scope) -> Iterator[None]:
     for places, deltas, columns in changes:
         for module, name in places:
             layers.setdefault(module, {})[name] = (deltas, columns)
-    before = {module: module.__dict__.get("forward") for module in layers}
-    for module, mixed in layers.items():
-        module.forward = partial(mixed_forward, module, mixed, scope)
-    try:
+    forwards = {
+        module: partial(mixed_forward, module, mixed, scope) for module, mixed in layers.items()
+    }
+    with forwards_replaced(forwards):
         yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
 
 
 def mixed_forward(module: nn.Module, mixed: Mixed, scope: Scope, x: Tensor) -> Tensor:

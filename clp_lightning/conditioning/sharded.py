@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base import Scope
+from .forwards import forwards_replaced
 from .rowwise import Mixed, Place, mixed_forward
 
 __all__ = ["ADOPTED", "delta_name", "mix_at_home"]
@@ -46,18 +47,12 @@ def mix_at_home(
     for homes, columns in places:
         for module, name in homes:
             layers.setdefault(module, {})[name] = (homes[0], columns)
-    before = {module: module.__dict__.get("forward") for module in layers}
-    for module, parts in layers.items():
-        plain = before[module] or partial(type(module).forward, module)
-        module.forward = partial(_forward, module, plain, parts, scope, merge)
-    try:
+    forwards = {
+        module: partial(_forward, module, module.forward, parts, scope, merge)
+        for module, parts in layers.items()
+    }
+    with forwards_replaced(forwards):
         yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
 
 
 def _forward(

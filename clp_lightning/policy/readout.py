@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+
+from ..conditioning.forwards import forwards_replaced
 
 __all__ = ["InPieces", "Readout", "can_be_cut"]
 
@@ -56,7 +58,7 @@ class InPieces(Readout):
         self.head, self.positions, self.context_fn = head, positions, context_fn
 
     def model_runs(self) -> AbstractContextManager[None]:
-        return _replaced(self.head, lambda states: states)
+        return forwards_replaced({self.head: lambda states: states})
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
         # They are the states before the output layer, (B, t, d).
@@ -89,22 +91,13 @@ def can_be_cut(model: PreTrainedModel, run: Callable[[], Tensor]) -> bool:
     if head is None:
         return False
     probe = torch.linspace(-50, 50, 8, device=model.device)  # a cap bends it, a scale stretches it
+
+    def probed(states: Tensor) -> Tensor:
+        return probe.to(states.dtype).expand(*states.shape[:-1], -1)
+
     try:
-        with _replaced(head, lambda states: probe.to(states.dtype).expand(*states.shape[:-1], -1)):
+        with forwards_replaced({head: probed}):
             logits = run()
         return torch.equal(logits, probe.to(logits.dtype).expand_as(logits))
     except (RuntimeError, IndexError):  # what follows wants V columns and finds 8
         return False
-
-
-@contextmanager
-def _replaced(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    before = layer.__dict__.get("forward")
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del layer.forward
-        else:
-            layer.forward = before
