@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,19 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from clp_lightning import CLPCallback, CLPModule, LoRA, Pretrained
+from clp_lightning import (
+    CLPCallback,
+    CLPModule,
+    LoRA,
+    Pretrained,
+    RewardModule,
+    RunCheckpoint,
+    SupervisedModule,
+)
 from clp_lightning.callbacks import FrontCallback, PredictionsCallback
 from clp_lightning.conditioning import Mixture, PromptText, SoftPrompt
+from tests.reward_models import make_data as pair_data
+from tests.reward_models import pairs
 from tests.runs import kind, loud, make_data, make_module, make_trainer
 
 PER_STEP = 8  # prompts in an optimizer step, whatever the number of processes
@@ -98,7 +109,7 @@ def strategy_of(layout: str) -> Any:
     """``one``, ``ddp`` or ``fsdp``."""
     if layout == "fsdp":
         size = int(os.environ["WORLD_SIZE"])
-        return ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1)
+        return ModelParallelStrategy(size, 1, save_distributed_checkpoint=False)
     return "ddp" if layout == "ddp" else "auto"
 
 
@@ -113,20 +124,18 @@ def train(case: Case, base: Path, steps: int, folder: Path, layout: str) -> dict
     """Gradients of the first of ``steps`` and weights after the last, whole."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     Watched.first = []
-    module = make_module(
-        Pretrained(str(base), dtype="float64" if case.precision == "32-true" else "float32"),
-        CLPModule,
-        conditioner=conditioner(case.conditioned),
-        rewards={"kind": kind, "other": now_and_then if case.drops else loud},
-        on_reward_error="drop" if case.drops else "raise",
-        optimizer=Watched,
-        lr=0.005,  # small enough that no run magnifies rounding
-        # Four, or all samples of a batch might be dropped, which shards refuse.
-        samples_per_prompt=4 if case.drops else 2,
-        max_new_tokens=4,
-        statistics_prompts=2,
-        **case.options,
-    )
+    options: dict[str, Any] = {
+        "conditioner": conditioner(case.conditioned),
+        "rewards": {"kind": kind, "other": now_and_then if case.drops else loud},
+        "on_reward_error": "drop" if case.drops else "raise",
+        "optimizer": Watched,
+        "lr": 0.005,  # small enough that no run magnifies rounding
+        "samples_per_prompt": 2,  # so where one is dropped, its whole batch is
+        "max_new_tokens": 4,
+        "statistics_prompts": 2,
+    }
+    spec = Pretrained(str(base), dtype="float64" if case.precision == "32-true" else "float32")
+    module = make_module(spec, CLPModule, **(options | case.options))
     # 20 batches in a pass, so that the third step of every pass has 4 of them.
     data = make_data(folder, holdout=0, batch_size=1)
     dropped, settings = (
@@ -137,6 +146,76 @@ def train(case: Case, base: Path, steps: int, folder: Path, layout: str) -> dict
     trainer.fit(module, data)
     weights = {n: whole(p) for n, p in module.policy.trained_parameters().items()}
     return {"gradients": Watched.first, "weights": weights, "dropped": dropped.number}
+
+
+def go_on(
+    case: Case, base: Path, source: Path | str | None, folder: Path, layout: str
+) -> list[str]:
+    """Four steps of AdamW, from the beginning or ``source``, a checkpoint after every other.
+
+    Returns:
+        What was warned of.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    module, data = _small_module(case, base), make_data(folder, holdout=0, batch_size=1)
+    saved = RunCheckpoint(2, dirpath=str(folder / "checkpoints"))
+    settings = {"accumulate_grad_batches": 2 // world, "max_steps": 4}
+    trainer = trainer_of(folder, layout, CLPCallback(), saved, **settings)
+    with warnings.catch_warnings(record=True) as told:
+        trainer.fit(module, data, ckpt_path=source)
+    return [str(warning.message) for warning in told]
+
+
+def _small_module(case: Case, base: Path) -> Any:
+    return make_module(
+        Pretrained(str(base), dtype="float64"),
+        conditioner=conditioner(case.conditioned),
+        samples_per_prompt=2,
+        max_new_tokens=4,
+        statistics_prompts=2,
+        warmup_steps=3,
+        eval_rows=4,
+    )
+
+
+def validate(case: Case, base: Path, source: Path, folder: Path, layout: str) -> None:
+    """The front of what ``go_on`` trained, into ``front.json``."""
+    module = _small_module(case, base)
+    data = make_data(folder, holdout=5, batch_size=1, eval_batch_size=2)
+    trainer = trainer_of(folder, layout, FrontCallback(), limit_val_batches=1.0)
+    trainer.validate(module, data, ckpt_path=source)
+
+
+def finetune(kind_of: str, base: Path, folder: Path, layout: str) -> dict[str, float]:
+    """One pass of a ``reward`` model, or of supervised finetuning (``lora`` or ``full``).
+
+    Returns:
+        What was logged at its end.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    spec = Pretrained(str(base), dtype="float64")
+    options: dict[str, Any] = {"lr": 0.01, "optimizer": torch.optim.SGD, "seed": 3}
+    module: Any
+    if kind_of == "reward":
+        module, data = RewardModule(spec, **options), pair_data(pairs(20), holdout=4, batch_size=1)
+    else:
+        rank = 2 if kind_of == "lora" else 0
+        module = SupervisedModule(spec, "answer", lora_rank=rank, **options)
+        data = make_data(folder, batch_size=1)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=strategy_of(layout),
+        default_root_dir=folder,
+        logger=False,
+        max_epochs=1,
+        accumulate_grad_batches=4 // world,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def measure_front(base: Path, folder: Path, layout: str) -> None:

@@ -50,29 +50,37 @@ def two_nodes() -> Iterator[tuple[str, str]]:
 
 
 class Node:
-    """``torchrun`` in a namespace, one process on it.
+    """``configs/cluster/torchrun.sh`` in a namespace, one process on it.
 
     Args:
         number: Which of the two; the first holds the rendezvous.
         name: Its namespace.
         log: Where it writes.
         args: Of the command line.
+        settings: Further environment variables.
     """
 
-    def __init__(self, number: int, name: str, log: Path, args: list[str]) -> None:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
-        torchrun += ["--nproc-per-node=1", "--max-restarts=0", "--rdzv-backend=c10d"]
-        torchrun += [f"--rdzv-endpoint={ADDRESSES[0]}:29511", "--rdzv-id=test"]
-        # Which torchrun would find out by the machine's name; both have the same here.
-        torchrun += [f"--rdzv-conf=is_host={1 - number}", f"--local-addr={ADDRESSES[number]}"]
-        network = {"GLOO_SOCKET_IFNAME": "cable", "TP_SOCKET_IFNAME": "cable"}
+    def __init__(self, number: int, name: str, log: Path, args: list[str], **settings: str) -> None:
+        environment = {
+            "NODES": "2",
+            "GPUS": "1",
+            "HEAD": ADDRESSES[0],
+            # Which torchrun would find out by the machine's name; both have the same here.
+            "RDZV_CONF": f"is_host={1 - number}",
+            "PET_LOCAL_ADDR": ADDRESSES[number],
+            "GLOO_SOCKET_IFNAME": "cable",
+            "TP_SOCKET_IFNAME": "cable",
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+        command = ["ip", "netns", "exec", name, "bash", str(ROOT / "configs/cluster/torchrun.sh")]
         more = ["--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp"]
         with log.open("a") as stream:
             self.process = subprocess.Popen(
-                ["ip", "netns", "exec", name, *torchrun, "-m", "clp_lightning", *args, *more],
+                [*command, *args, *more],
                 stdout=stream,
                 stderr=stream,
-                env=os.environ | network | {"PYTHONPATH": str(ROOT)},
+                env=os.environ | environment | settings,
                 start_new_session=True,
             )
 

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -69,7 +70,8 @@ class RunCheckpoint(ModelCheckpoint):
         self._told = self._leaving = False
         self._steps_done, self._validation_due = 0, False
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's
-            trainer.strategy.checkpoint_io = DurableCheckpointIO()
+            mapped = isinstance(trainer.strategy, ModelParallelStrategy)
+            trainer.strategy.checkpoint_io = DurableCheckpointIO(mapped)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

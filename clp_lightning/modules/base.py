@@ -22,7 +22,7 @@ from ..conditioning import Conditioner
 from ..described import Described, check_choice, describe, import_path
 from ..policy import Policy
 from ..pretrained import fingerprint
-from .checkpoint import NameDamagedCheckpoint, warn_of_other_rewards
+from .checkpoint import WholeCheckpoints, warn_of_other_rewards
 from .precision import check_quantised, exact_tensors_kept
 from .schedule import LRDecay, schedule
 from .sharding import device_only
@@ -129,7 +129,7 @@ class PolicyModule(Described, LightningModule):
         return arguments
 
     def configure_callbacks(self) -> list[Callback]:
-        return [NameDamagedCheckpoint()]
+        return [WholeCheckpoints()]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Moves everything, but converts only the frozen base to half precision."""

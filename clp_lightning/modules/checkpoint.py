@@ -15,8 +15,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..checkpoints import LAST, PREVIOUS, damaged, readable
+from .gathered import gather_checkpoints
 
-__all__ = ["DurableCheckpointIO", "NameDamagedCheckpoint", "warn_of_other_rewards"]
+__all__ = ["DurableCheckpointIO", "WholeCheckpoints", "warn_of_other_rewards"]
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -25,9 +26,13 @@ class DurableCheckpointIO(TorchCheckpointIO):
     A file is written beside its target, synced and renamed, so that neither a kill nor a power cut
     leaves half of one. A last.ckpt that is damaged all the same (by the disk, a copy) is not
     loaded: its predecessor is, with a warning. Paths that are not local are left to Lightning.
+
+    Args:
+        mapped: Load what is asked of a tensor and no more, for devices that take a part of each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mapped: bool = False) -> None:
+        self.mapped = mapped
         # What belongs to this run: files of an earlier one in the same folder are no predecessors.
         self._own: set[Path] = set()
 
@@ -66,6 +71,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
         if found != Path(path):
             rank_zero_warn(damaged(path, found))
         self._own.add(found.resolve())
+        if self.mapped:
+            weights_only = kwargs.get("weights_only")
+            return torch.load(found, "cpu", mmap=True, weights_only=weights_only)
         return super().load_checkpoint(found, *args, **kwargs)
 
     def _keep(self, last: Path) -> None:
@@ -95,8 +103,15 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-class NameDamagedCheckpoint(Callback):
-    """Adds to an error the file that was being loaded, where that is not a whole checkpoint."""
+class WholeCheckpoints(Callback):
+    """Checkpoints are whole ones, whatever the strategy; one that is damaged is named in the error.
+
+    Raises:
+        ValueError: in ``setup``, if the strategy would write folders of shards.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        gather_checkpoints(trainer, stage)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

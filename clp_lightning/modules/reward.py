@@ -18,6 +18,7 @@ from ..pretrained import Pretrained
 from ..types import PromptBatch
 from .base import LRDecay, PolicyModule
 from .folder import replace_folder
+from .gathered import on_one_device
 from .precision import float32_by_default
 from .sharding import shard
 from .supervision import PreferencePairs, Supervision
@@ -186,7 +187,11 @@ class RewardModule(PolicyModule):
         self.save(folder)
         rank_zero_info(f"reward: {folder}")
 
-    @rank_zero_only
     def save(self, folder: str | Path) -> None:
-        """Writes the classifier with its tokenizer; replaces ``folder``."""
+        """Writes the classifier with its tokenizer; replaces ``folder``. On all ranks."""
+        if (module := on_one_device(self)) is not None:
+            module._write(folder)
+
+    @rank_zero_only
+    def _write(self, folder: str | Path) -> None:
         replace_folder(folder, self.policy.model, self.policy.tokenizer)

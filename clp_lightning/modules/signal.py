@@ -75,7 +75,7 @@ class LearningSignal(LightningModule):
 
     def predict(self, rollout: Rollout) -> Rollout:
         """The rollout with what the critic expects of its signals; without a critic, as it is."""
-        if self.critic is None or not len(rollout):
+        if self.critic is None or not (len(rollout) or self.policy.is_sharded):
             return rollout
         states = self.policy.prompt_states(rollout)
         return replace(rollout, predicted=self.critic(states, rollout.preference))
@@ -96,7 +96,9 @@ class LearningSignal(LightningModule):
         self, logp: Tensor, advantage: Tensor, rollout: Rollout, *, num_responses: float
     ) -> Tensor:
         """Its gradient is minus an unbiased estimate of V's."""
-        if not len(rollout):  # every sample was dropped; the graph must stay whole for DDP
+        if not len(rollout):  # every sample was dropped; the graph must stay whole
+            if self.policy.is_sharded:
+                return logp.sum()  # by way of the blocks, which gather themselves
             return torch.stack([p.sum() for p in self.own_parameters()]).sum() * 0
         return policy_gradient_loss(
             logp, advantage, rollout.response_mask, num_responses=num_responses

@@ -25,6 +25,7 @@ from ..tuned import untie
 from ..types import Preference, Prompt, PromptBatch, Rollout
 from .base import LRDecay, PolicyModule
 from .folder import replace_folder
+from .gathered import on_one_device
 from .precision import float32_by_default
 from .sharding import shard
 from .tally import Tally
@@ -148,9 +149,16 @@ class SupervisedModule(PolicyModule):
         self.save(folder)
         rank_zero_info(f"base: {folder}")
 
-    @rank_zero_only
     def save(self, folder: str | Path) -> None:
-        """Writes the trained model, adapters merged, with its tokenizer; replaces ``folder``."""
+        """Writes the trained model, adapters merged, with its tokenizer; replaces ``folder``.
+
+        To be called on all ranks.
+        """
+        if (module := on_one_device(self)) is not None:
+            module._write(folder)
+
+    @rank_zero_only
+    def _write(self, folder: str | Path) -> None:
         plain = load_model(self.policy.pretrained)
         state = self.policy.conditioner.fold(_unconditional(1))
         plain.config.update(untie(plain, state))

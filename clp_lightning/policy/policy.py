@@ -24,7 +24,7 @@ from .encoding import Encoding, pad
 from .linear import speed_up_linears
 from .prefix import read_prompt
 from .readout import InPieces, OfLogits, Readout, can_be_cut
-from .scoring import first_of_group, score_full, score_shared
+from .scoring import first_of_group, score_full, score_shared, stand_in
 
 __all__ = ["Policy"]
 
@@ -227,8 +227,7 @@ class Policy(nn.Module):
 
         With prompt-CLP the reference sees the plain prompt.
         """
-        if not len(rollout):  # every response was dropped
-            self._check_not_sharded()
+        if not len(rollout) and not self.is_sharded:  # every response was dropped
             return torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
         return self._score(rollout, lambda z, ids: token_logprobs(z, ids, self.temperature))
 
@@ -237,22 +236,16 @@ class Policy(nn.Module):
 
         Large: 4 bytes x B x T x V, several times over in training.
         """
-        if not len(rollout):
-            self._check_not_sharded()
+        if not len(rollout) and not self.is_sharded:
             shape = (*rollout.response_ids.shape, 1)  # of no row
             return torch.zeros(shape, device=rollout.response_ids.device)
         return self._score(rollout, lambda z, ids: log_distribution(z, self.temperature))
 
-    def _check_not_sharded(self) -> None:
-        if self.is_sharded:
-            raise RuntimeError(
-                "Every response of a batch was dropped, and the other devices wait for this one "
-                "to gather the weights. Use DDP, or more responses per batch."
-            )
-
     @torch.no_grad()
     def prompt_states(self, rollout: Rollout) -> Tensor:
         """What the reference's output layer reads at the end of each prompt, shape (B, d)."""
+        if not len(rollout):
+            return self.prompt_states(stand_in(rollout))[:0]
         seen: list[Tensor] = []
         output: nn.Module = self.model.get_output_embeddings()
         hook = output.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1]))
@@ -279,6 +272,10 @@ class Policy(nn.Module):
         return ids, mask, groups
 
     def _score(self, rollout: Rollout, of_logits: OfLogits) -> Tensor:
+        if not len(rollout):  # the other devices gather the weights, forwards and backwards
+            rollout = stand_in(rollout)
+            with self.answering(rollout.preference):
+                return self._score(rollout, of_logits)[:0]
         ids, mask, groups = self._prompts_read(rollout)
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         share = self.share_prompts

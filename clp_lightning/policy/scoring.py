@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..types import Preference, Rollout
 from .prefix import accepted, extend, positions, read_prompt, run_encoder
 from .readout import Readout
 
-__all__ = ["first_of_group", "score_full", "score_shared"]
+__all__ = ["first_of_group", "score_full", "score_shared", "stand_in"]
 
 Rows = Callable[[Tensor], AbstractContextManager[None]]
 """Opens the preference for a batch whose rows are those of the rollout at an index."""
@@ -30,6 +32,27 @@ def first_of_group(groups: Tensor) -> Tensor:
     rows = torch.arange(len(groups), device=groups.device)
     start = torch.full((count,), len(groups), device=groups.device)
     return start.scatter_reduce(0, groups, rows, "amin")
+
+
+def stand_in(rollout: Rollout) -> Rollout:
+    """One row of nothing, of the width of an empty ``rollout``, for a pass that must be made."""
+    ids = rollout.input_ids.new_zeros(1, rollout.input_ids.shape[1])
+    response_ids = rollout.response_ids.new_zeros(1, rollout.response_ids.shape[1])
+    weights = rollout.preference.weights
+    k = weights.shape[1]
+    return replace(
+        rollout,
+        prompts=[""],
+        prompt_ids=rollout.prompt_ids.new_zeros(1),
+        groups=rollout.groups.new_zeros(1),
+        preference=Preference(weights.new_full((1, k), 1 / max(k, 1)), weights.new_zeros(1)),
+        input_ids=ids,
+        prompt_mask=torch.ones_like(ids, dtype=torch.bool),
+        response_ids=response_ids,
+        response_mask=torch.ones_like(response_ids, dtype=torch.bool),
+        reference_input_ids=None,
+        reference_prompt_mask=None,
+    )
 
 
 def score_shared(
