@@ -6,15 +6,17 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
 
 from clp_lightning import Critic, LoRA, RunCheckpoint
 from clp_lightning.conditioning import Gate, Mixture
+from clp_lightning.modules.checkpoint import WholeCheckpoints
 from tests.devices import Case, Job, finetune, go_on, run_group, train, trainer_of, validate
 from tests.runs import fails_on_tea, kind, make_data, make_module
 from tests.test_devices import check_equal as check_training
@@ -182,3 +184,9 @@ def test_folders_of_shards_are_refused(tiny_folder: Callable[..., Path], tmp_pat
     writing, reading = torch.load(tmp_path / "job.0.pt")
     assert "Set save_distributed_checkpoint: false" in writing  # and not: there is no such model
     assert "last.ckpt is a folder of shards" in reading
+
+
+def test_other_ways_to_shard_are_refused() -> None:
+    trainer: Any = SimpleNamespace(strategy=FSDPStrategy())
+    with pytest.raises(ValueError, match="FSDPStrategy would split.*strategy: ddp"):
+        WholeCheckpoints().setup(trainer, make_module("unused"), "fit")

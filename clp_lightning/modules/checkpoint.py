@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ..checkpoints import LAST, PREVIOUS, damaged, readable
 from .gathered import gather_checkpoints
+from .sharding import check_strategy
 
 __all__ = ["DurableCheckpointIO", "WholeCheckpoints", "warn_of_other_rewards"]
 
@@ -107,10 +108,12 @@ class WholeCheckpoints(Callback):
     """Checkpoints are whole ones, whatever the strategy; one that is damaged is named in the error.
 
     Raises:
-        ValueError: in ``setup``, if the strategy would write folders of shards.
+        ValueError: in ``setup``, if the strategy would write folders of shards, or splits weights
+            in a way of its own.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_strategy(trainer.strategy)
         gather_checkpoints(trainer, stage)
 
     def on_exception(

@@ -5,13 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 if TYPE_CHECKING:
     from .base import PolicyModule
 
-__all__ = ["device_only", "shard"]
+__all__ = ["check_strategy", "device_only", "shard"]
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuses strategies that split the weights in other ways than ``shard``.
+
+    Raises:
+        ValueError: names the strategies that there are.
+    """
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        raise ValueError(
+            f"{type(strategy).__name__} would split weights that the conditioner merges. Use "
+            "strategy: ddp, or, where one device cannot hold the model, ModelParallelStrategy "
+            "(FSDP2, with save_distributed_checkpoint: false)."
+        )
 
 
 def device_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
