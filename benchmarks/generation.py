@@ -4,7 +4,8 @@
 
 Both sample from softmax(logits) under one preference, merged into plain weights (LoRA stays beside
 them on our side, and is merged on the other), and take turns. Ours computes each prompt once and
-returns the log-probability of every token besides. Both end with the decoded texts.
+returns the log-probability of every token besides. Both end with the decoded texts. `--engines`
+runs ours with other engines too; their first batch, with all compiling, is not in the medians.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from clp_lightning import (
 
 
 def sides(
-    size: Size, folder: Path, prompts: list[str], device: str
+    size: Size, folder: Path, prompts: list[str], device: str, engines: list[str]
 ) -> dict[str, Callable[[], int]]:
     """What is compared, by name; each returns the number of tokens that it sampled."""
     policy = Policy(str(folder), LoRA() if size.lora_rank else Mixture("full"))
@@ -43,10 +45,8 @@ def sides(
     preference = Preference(one.weights.expand(size.prompts, -1), one.alpha.expand(size.prompts))
     batch = PromptBatch(prompts, torch.arange(size.prompts), preference=preference.to(device))
 
-    def ours() -> int:
-        rollout = TransformersEngine().generate(
-            policy, batch, size.samples, Sampling(size.new_tokens)
-        )
+    def ours(engine: TransformersEngine) -> int:
+        rollout = engine.generate(policy, batch, size.samples, Sampling(size.new_tokens))
         return int(rollout.response_mask.sum())
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
@@ -68,7 +68,9 @@ def sides(
         tokenizer.batch_decode(response, skip_special_tokens=True)
         return int(response.numel())
 
-    return {"ours": ours, "generate": theirs}
+    others = {name: TransformersEngine(**speed.ENGINES[name]) for name in engines}
+    mine = {name: partial(ours, engine) for name, engine in others.items()}
+    return {"ours": partial(ours, TransformersEngine()), **mine, "generate": theirs}
 
 
 def timed(side: Callable[[], int], tokens: int, machine: Machine) -> dict[str, float]:
@@ -85,21 +87,26 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs and compares them."""
     parser = speed.parser(__doc__)
     parser.add_argument("--target", type=float, help="exit with 1 where the ratio is below it")
+    speed.add_engines(parser)
     args = parser.parse_args(arguments)
     size, machine = speed.chosen_size(args), speed.choose_machine(args)
     prompts = speed.prompt_rows(size, size.prompts)["prompt"][:]
-    found: dict[str, list[dict[str, float]]] = {"ours": [], "generate": []}
     with tempfile.TemporaryDirectory() as scratch:
         folder = speed.save_model(Path(scratch), size)
-        both = sides(size, folder, prompts, machine.device)
+        each = sides(size, folder, prompts, machine.device, args.engines)
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in each}
+        for name in args.engines:
+            print(f"first batch, {name}: {timed(each[name], size.tokens, machine)['step']:.1f} s")
         for number in range(args.warmup + args.rounds):
-            for name in both if number % 2 else reversed(both):
-                row = timed(both[name], size.tokens, machine)
+            for name in each if number % 2 else reversed(each):
+                row = timed(each[name], size.tokens, machine)
                 if number >= args.warmup:
                     found[name].append(row)
     for name, rows in found.items():
         seconds = loops.median(rows, "step")
-        print(f"{name:10}{1e3 * seconds:9.1f} ms{size.tokens / seconds:9.0f} tokens/s")
+        print(f"{name:14}{1e3 * seconds:9.1f} ms{size.tokens / seconds:9.0f} tokens/s")
+    for name in args.engines:
+        print(f"ratio generate/{name}: {loops.ratio(found['generate'], found[name]):.2f}")
     ratio = loops.ratio(found["generate"], found["ours"])
     print(f"ratio generate/ours: {ratio:.2f}")
     return int(args.target is not None and ratio < args.target)

@@ -66,7 +66,7 @@ PREFERENCES = "conditioned against unconditioned, 8 preferences in 32 rows"
 GENERATE = Number("rollouts against `generate`", r"ratio generate/ours: ([\d.]+)", 2, at_least=True)
 JOBS: dict[str, tuple[list[str], list[Number]]] = {
     "step-10m": (
-        ["step.py", "--size", "10m"],
+        ["step.py", "--size", "10m", "--engines", "compiled"],
         [
             rloo("step against TRL RLOO fp32, 10M Llama, 32+32 tokens", 4),
             rloo("the same against RLOO's defaults", 3, "rloo-defaults"),
@@ -102,9 +102,19 @@ JOBS: dict[str, tuple[list[str], list[Number]]] = {
             ),
         ],
     ),
-    "generation-10m": (["generation.py", "--size", "10m"], [GENERATE]),
+    "generation-10m": (["generation.py", "--size", "10m", "--engines", "compiled"], [GENERATE]),
     "generation-10m-long": (
-        ["generation.py", "--size", "10m", "--prompt-tokens", "128", "--new-tokens", "64"],
+        [
+            "generation.py",
+            "--size",
+            "10m",
+            "--prompt-tokens",
+            "128",
+            "--new-tokens",
+            "64",
+            "--engines",
+            "compiled",
+        ],
         [GENERATE],
     ),
     "generation-smollm2": (

@@ -99,6 +99,8 @@ SIZES = {
     "t5-tiny": Size(T5_TINY, lora_rank=8),
     "tiny": Size(llama(64, 32, 64, 2, 4, 2), 2, 2, 4, 4),  # for the smoke test
 }
+# Other engines for our rollouts, by name.
+ENGINES: dict[str, dict[str, Any]] = {"compiled": {"compile": True}}
 
 
 def save_model(folder: Path, size: Size) -> Path:
@@ -190,6 +192,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--device", choices=["cpu", "cuda"])
     result.add_argument("--clock", choices=["wall", "cpu"], default="wall", help=Machine.__doc__)
     return result
+
+
+def add_engines(parser: argparse.ArgumentParser) -> None:
+    """The option that has our side run again with other engines."""
+    parser.add_argument("--engines", nargs="*", choices=ENGINES, default=[], help="run them too")
 
 
 def chosen_size(args: argparse.Namespace) -> Size:

@@ -15,6 +15,8 @@ the same number of tokens, or the script stops. Sizes:
 
 `plain` is our step without conditioning: all weights and a second model as the reference, or one
 LoRA adapter and one reward that is the sum of all. The target is for RLOO in our precision.
+`--engines` runs `clp` with other rollouts too; their first step, with all compiling, is not in the
+medians.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import torch
 from loops import Loop
 from speed import Machine, Size
 
-from clp_lightning import LoRA, Mixture
+from clp_lightning import LoRA, Mixture, TransformersEngine
 from clp_lightning.conditioning import Unconditioned, Weights
 
 PHASES = ("generation", "rewards", "old", "reference", "policy", "backward", "optimizer", "other")
@@ -142,12 +144,28 @@ def _watch(trainer: Any, loop: Loop, passes: list[str]) -> None:
     loop.time(trainer, "_clip_grad_norm", "optimizer")
 
 
-def our_loops(size: Size, folder: Path, steps: int, machine: Machine) -> list[Loop]:
-    """Our step, and the same without conditioning."""
-    if not size.lora_rank:
-        clp = loops.clp_loop("clp", size, folder, Mixture("full"), steps, machine, per="batch")
-        more = {"per": "batch", "kind": loops.Plain}
-        return [clp, loops.clp_loop("plain", size, folder, Unconditioned(), steps, machine, **more)]
+def our_loops(
+    size: Size, folder: Path, steps: int, machine: Machine, engines: list[str]
+) -> list[Loop]:
+    """Our step, the same without conditioning, and with other engines."""
+    rank = size.lora_rank
+    per = "prompt" if rank else "batch"
+
+    def clp(name: str, more_steps: int = 0, **more: Any) -> Loop:
+        full = (
+            LoRA(rank, shared_rank=rank, shared_targets="all-linear") if rank else Mixture("full")
+        )
+        return loops.clp_loop(
+            name, size, folder, full, steps + more_steps, machine, per=per, **more
+        )
+
+    others = [
+        clp(f"clp-{name}", 1, engine=TransformersEngine(**speed.ENGINES[name])) for name in engines
+    ]
+    if not rank:
+        more = {"per": per, "kind": loops.Plain}
+        plain = loops.clp_loop("plain", size, folder, Unconditioned(), steps, machine, **more)
+        return [clp("clp"), plain, *others]
     functions = list(speed.rewards(size.num_rewards).values())
 
     def total(completions: list[str], **more: Any) -> list[float]:
@@ -155,13 +173,10 @@ def our_loops(size: Size, folder: Path, steps: int, machine: Machine) -> list[Lo
             sum(each) for each in zip(*(f(completions, **more) for f in functions), strict=True)
         ]
 
-    rank = size.lora_rank
-    conditioned = LoRA(rank, shared_rank=rank, shared_targets="all-linear")
     single = LoRA(rank, targets="all-linear", shared_rank=0, coefficients=Weights())
-    return [
-        loops.clp_loop("clp", size, folder, conditioned, steps, machine),
-        loops.clp_loop("plain", size, folder, single, steps, machine, rewards={"total": total}),
-    ]
+    summed: Any = {"rewards": {"total": total}}
+    plain = loops.clp_loop("plain", size, folder, single, steps, machine, **summed)
+    return [clp("clp"), plain, *others]
 
 
 def check_tokens(sides: list[Loop], size: Size) -> None:
@@ -191,14 +206,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = speed.parser(__doc__)
     parser.add_argument("--target", type=float, help="exit with 1 where the ratio is below it")
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
+    speed.add_engines(parser)
     args = parser.parse_args(arguments)
     size = speed.chosen_size(args)
     rivals = [] if size.seq2seq else args.rivals
     machine = speed.choose_machine(args)
-    steps = args.warmup + args.rounds + 1
+    steps, others = args.warmup + args.rounds + 1, [f"clp-{name}" for name in args.engines]
     with tempfile.TemporaryDirectory() as scratch:
         folder = speed.save_model(Path(scratch) / "model", size)
-        sides = our_loops(size, folder, steps, machine)
+        sides = our_loops(size, folder, steps, machine, args.engines)
+        for loop in sides:
+            if loop.name in others:
+                print(f"first step, {loop.name}: {loop.step():.1f} s")
         sides += [trl_loop(name, size, folder, steps, machine, Path(scratch)) for name in rivals]
         found = loops.take_turns(
             sides, args.rounds, args.warmup, lambda loop: check_tokens([loop], size)
@@ -207,6 +226,10 @@ def main(arguments: list[str] | None = None) -> int:
         for loop in sides:
             loop.close()
     print(f"ratio clp/plain: {loops.ratio(found['clp'], found['plain']):.2f}")
+    for name in others:
+        against = {side: loops.ratio(found[side], found[name]) for side in (*rivals, "clp")}
+        values = ", ".join(f"{value:.2f} ({side})" for side, value in against.items())
+        print(f"ratio others/{name}: {values}")
     ratios = {name: loops.ratio(found[name], found["clp"]) for name in rivals}
     shown = ", ".join(f"{value:.2f} ({name})" for name, value in ratios.items())
     print(f"ratio TRL/ours: {shown or 'none, TRL does not run here'}")

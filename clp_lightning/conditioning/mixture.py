@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..described import check_choice
 from .base import Coefficients, Conditioner, Scope
-from .rowwise import Change, Place, mix_rows, why_not_rows
+from .forwards import forwards_replaced
+from .rowwise import Change, Place, RowForwards, why_not_rows
 from .sharded import delta_name, mix_at_home
 from .targets import check_preset, in_attention
 
@@ -70,6 +71,7 @@ class Mixture(Conditioner):
         self._merged: dict[Any, list[Tensor]] | None = None
         self._model: Any = None
         self._moved_in = False
+        self._row_forwards = RowForwards(self)
 
     def attach(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
         model.requires_grad_(False)
@@ -152,19 +154,20 @@ class Mixture(Conditioner):
                 with _swapped(self._changes(), self._merge(scope.coefficients[0])):
                     yield
             else:
-                with self._rows_mixed(scope, scope.coefficients):
+                with self._rows_mixed(scope.coefficients):
                     yield
 
     @contextmanager
-    def _rows_mixed(self, scope: Scope, coefficients: Tensor) -> Iterator[None]:
+    def _rows_mixed(self, coefficients: Tensor) -> Iterator[None]:
         changes = self._changes()
         if _shared_alike(coefficients):  # what all preferences share is merged
             k = self._num_conditioned
             merged = self._merge(coefficients[0], start=k)
-            with _swapped(changes[k:], merged), mix_rows(changes[:k], scope):
+            mixed = self._row_forwards.of(changes[:k])
+            with _swapped(changes[k:], merged), forwards_replaced(mixed):
                 yield
         else:
-            with mix_rows(changes, scope):
+            with forwards_replaced(self._row_forwards.of(changes)):
                 yield
 
     def checkpoint_context(

@@ -6,8 +6,7 @@ Linear layers, embeddings and norm scales are linear in their parameters, so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,10 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..functional import linear
 from ..functional.grouped import grouped_linear
-from .base import Scope
-from .forwards import forwards_replaced
+from .base import Conditioner, Scope
 
-__all__ = ["Change", "Mixed", "Place", "mix_rows", "mixed_forward", "why_not_rows"]
+__all__ = ["Change", "Mixed", "Place", "RowForwards", "mixed_forward", "why_not_rows"]
 
 # Positions a preference from which merging for it costs less than one more product for every delta;
 # on GPUs an estimate.
@@ -48,23 +46,37 @@ def why_not_rows(parameters: dict[str, list[Place]]) -> str | None:
     return None
 
 
-@contextmanager
-def mix_rows(changes: list[Change], scope: Scope) -> Iterator[None]:
-    """Inside the block, row b of every layer's input meets its own parameters.
+class RowForwards:
+    """Forwards by which row b of every layer's input meets its own parameters.
+
+    The same objects each time they are asked for, so that a program which was compiled with them
+    stays valid.
 
     Args:
-        changes: Of every parameter that is conditioned.
-        scope: Its coefficients, one for every row, and its cache.
+        owner: Whose open scope has the coefficients, one for every row, and the cache.
     """
-    layers: dict[nn.Module, Mixed] = {}
-    for places, deltas, columns in changes:
-        for module, name in places:
-            layers.setdefault(module, {})[name] = (deltas, columns)
-    forwards = {
-        module: partial(mixed_forward, module, mixed, scope) for module, mixed in layers.items()
-    }
-    with forwards_replaced(forwards):
-        yield
+
+    def __init__(self, owner: Conditioner) -> None:
+        self._owner = owner
+        self._made: dict[tuple[int, ...], dict[nn.Module, Callable[..., Tensor]]] = {}
+
+    def of(self, changes: list[Change]) -> dict[nn.Module, Callable[..., Tensor]]:
+        """By layer, for all parameters that are conditioned."""
+        key = tuple(id(delta) for _, deltas, _ in changes for delta in deltas)
+        if key not in self._made:
+            layers: dict[nn.Module, Mixed] = {}
+            for places, deltas, columns in changes:
+                for module, name in places:
+                    layers.setdefault(module, {})[name] = (deltas, columns)
+            self._made[key] = {
+                module: partial(_forward_in_scope, self._owner, module, mixed)
+                for module, mixed in layers.items()
+            }
+        return self._made[key]
+
+
+def _forward_in_scope(owner: Conditioner, module: nn.Module, mixed: Mixed, x: Tensor) -> Tensor:
+    return mixed_forward(module, mixed, owner.scope, x)
 
 
 def mixed_forward(module: nn.Module, mixed: Mixed, scope: Scope, x: Tensor) -> Tensor:

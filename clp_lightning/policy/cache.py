@@ -1,14 +1,15 @@
-"""A cache of keys and values that grows in place."""
+"""Caches of keys and values that are written in place, of growing or of fixed length."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
-__all__ = ["grow_in_place", "make_full"]
+__all__ = ["fix_length", "grow_in_place", "make_full"]
 
 _ROOM = 32  # tokens; so often is a layer copied, and so much memory may stand idle in every row
 
@@ -22,6 +23,22 @@ def grow_in_place(cache: Cache) -> None:
     """
     own = _own(cache)
     own.layers = [_Roomy(layer) if type(layer) is DynamicLayer else layer for layer in own.layers]
+
+
+def fix_length(cache: Cache, length: int) -> None:
+    """Makes every layer ``length`` tokens long, of which those behind its end are not yet written.
+
+    Raises:
+        ValueError: a layer forgets tokens (a sliding window) or keeps something else.
+    """
+    plain = [layer for layer in cache.layers if type(layer) is DynamicLayer]
+    if len(plain) < len(cache.layers):
+        kinds = sorted({type(layer).__name__ for layer in cache.layers} - {DynamicLayer.__name__})
+        raise ValueError(
+            f"The cache of this model has layers of no fixed length ({', '.join(kinds)}), so "
+            "decoding cannot be compiled; use TransformersEngine(compile=False)."
+        )
+    cache.layers = [_Fixed(layer, length) for layer in plain]
 
 
 def make_full(cache: Cache, tokens: int) -> None:
@@ -65,6 +82,28 @@ class _Roomy(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self._whole = []
+
+
+class _Fixed(StaticLayer):
+    """Transformers' layer of fixed length, begun with what another has read.
+
+    Where it ends is a tensor, so that a compiled program is the same for every token.
+    """
+
+    def __init__(self, layer: DynamicLayer, length: int) -> None:
+        super().__init__(length)
+        assert layer.keys is not None and layer.values is not None, "a prompt was read"
+        used = layer.get_seq_length()
+        keys, values = (_with_room(x, length) for x in (layer.keys, layer.values))
+        for states in (keys, values):
+            states[..., used:, :] = 0  # attention multiplies them by 0, which must not give NaN
+        self.keys, self.values, self.device = keys, values, keys.device
+        self.cumulative_length = torch.tensor(used, device=self.device)
+        self.is_initialized = True
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        assert self.keys is not None and self.values is not None, "a prompt was read"
+        self.keys, self.values = self.keys[indices], self.values[indices]
 
 
 def _with_room(states: Tensor, length: int) -> Tensor:

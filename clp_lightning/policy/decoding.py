@@ -47,6 +47,7 @@ class DeRa(TransformersEngine):
     def __init__(self, alpha_min: float = 0.05) -> None:
         if not 0 < check_alpha(alpha_min) < 1:
             raise ValueError(f"alpha_min must lie in (0, 1); got {alpha_min}.")
+        super().__init__()
         self.alpha_min = alpha_min
 
     def voices(self, policy: Policy, preference: Preference) -> tuple[Preference, Tensor | None]:

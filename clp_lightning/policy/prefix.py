@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-__all__ = ["Prefix", "extend", "positions", "read_prompt", "run_encoder"]
+__all__ = ["Prefix", "extend", "positions", "read_prompt", "run", "run_encoder"]
 
 
 @dataclass
@@ -32,6 +32,8 @@ class Prefix:
             encoder's input for encoder-decoder models, shape (rows, length).
         position: Position of the next token, shape (rows,).
         encoded: The encoder's output, shape (rows, L, d), or None for causal models.
+        fixed: Whether cache and mask have their final length already.
+        begun: Whether a token was read since the rows were chosen.
     """
 
     cache: Cache
@@ -39,6 +41,8 @@ class Prefix:
     mask: Tensor
     position: Tensor
     encoded: Tensor | None = None
+    fixed: bool = False
+    begun: bool = False
 
     def select(self, rows: Tensor) -> Prefix:
         """The prefixes at ``rows``, which may repeat; uses up this one's cache."""
@@ -49,6 +53,7 @@ class Prefix:
             self.mask[rows],
             self.position[rows],
             None if self.encoded is None else self.encoded[rows],
+            self.fixed,
         )
 
 
@@ -97,18 +102,31 @@ def read_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Pref
     return Prefix(out.cache, out.logits[:, -1], mask, mask.sum(-1))
 
 
-def extend(model: PreTrainedModel, prefix: Prefix, tokens: Tensor) -> Tensor:
+def extend(
+    model: PreTrainedModel,
+    prefix: Prefix,
+    tokens: Tensor,
+    logits_of: Callable[..., Tensor] | None = None,
+) -> Tensor:
     """Runs response tokens, shape (rows, t), and moves ``prefix`` behind them.
+
+    Args:
+        model: That of the prefix.
+        prefix: Where the responses are.
+        tokens: The next of each.
+        logits_of: Called with the model and the arguments of its forward; runs it if None.
 
     Returns:
         Logits after each token, shape (rows, t, V).
     """
     if prefix.encoded is not None:
-        out = _decode(model, tokens, prefix.encoded, prefix.mask, prefix.cache)
+        logits: Tensor = _decode(model, tokens, prefix.encoded, prefix.mask, prefix.cache).logits
     else:
-        prefix.mask = torch.cat([prefix.mask, torch.ones_like(tokens, dtype=torch.bool)], -1)
+        if not prefix.fixed:
+            prefix.mask = torch.cat([prefix.mask, torch.ones_like(tokens, dtype=torch.bool)], -1)
         steps = torch.arange(tokens.shape[1], device=tokens.device)
-        out = model(
+        logits = (logits_of or run)(
+            model,
             input_ids=tokens,
             attention_mask=prefix.mask,
             cache=prefix.cache,
@@ -116,8 +134,14 @@ def extend(model: PreTrainedModel, prefix: Prefix, tokens: Tensor) -> Tensor:
             **accepted(model, position_ids=prefix.position.unsqueeze(-1) + steps),
         )
     prefix.position = prefix.position + tokens.shape[1]
-    prefix.logits = out.logits[:, -1]
-    logits: Tensor = out.logits
+    prefix.logits = logits[:, -1]
+    prefix.begun = True
+    return logits
+
+
+def run(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    """The logits of a forward, shape (rows, t, V)."""
+    logits: Tensor = model(**inputs).logits
     return logits
 
 

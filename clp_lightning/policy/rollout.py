@@ -16,12 +16,11 @@ from ..keyed import uniforms
 from ..types import Preference, PromptBatch, Rollout
 from .policy import Policy
 from .sampling import Sampling, sample_tokens
+from .steps import CompiledSteps, Steps, compile_forward
 from .voices import Voices, mixes_rows
 
 __all__ = ["Engine", "TransformersEngine"]
 
-# Finished responses are computed along until only this share of the rows is left.
-_COMPACT_AT = 0.75
 _POSITION_TABLES = ("wpe", "embed_positions", "positions_embed", "position_embeddings")
 
 
@@ -67,12 +66,22 @@ class TransformersEngine(Engine):
     (prompt id, sample) depends on the policy and on its own uniform number only, not on the rest
     of the batch, the rank, or what was drawn before.
 
+    Args:
+        compile: Run the forward of every token but the first two as a program of torch.compile's.
+            Compiling takes from half a minute to minutes, once, again for the second size of a
+            batch, and for the reference; after that no preference and no size compiles anew.
+            For decoder-only models without sliding windows, on weights that are not sharded.
+
     Attributes:
         on_tokens: Called at every step with the rows that grew and their tokens, shape (R,) each;
             for showing responses as they come.
     """
 
     on_tokens: Callable[[Tensor, Tensor], None] | None = None
+
+    def __init__(self, compile: bool = False) -> None:
+        self.compile = compile
+        self._program = compile_forward() if compile else None
 
     def voices(self, policy: Policy, preference: Preference) -> tuple[Preference, Tensor | None]:
         """Who speaks for each preference: the policy under it, and nobody else.
@@ -110,6 +119,7 @@ class TransformersEngine(Engine):
             raise ValueError(
                 "The batch has no preference; add CLPCallback to the Trainer's callbacks."
             )
+        steps = self._steps(policy, sampling)
         rewritten = policy.conditioner.rewrites and not policy.is_reference
         input_ids, prompt_mask = policy.encode(batch.prompts, preference if rewritten else None)
         _check_positions(policy.model, int(prompt_mask.sum(-1).max()), sampling.max_new_tokens)
@@ -142,6 +152,7 @@ class TransformersEngine(Engine):
                         sampling,
                         share,
                         mine.nonzero().squeeze(-1),
+                        steps,
                     )
                 response_ids[mine, : ids.shape[1]] = ids
                 mask[mine, : ids.shape[1]] = part
@@ -170,6 +181,17 @@ class TransformersEngine(Engine):
             reference_prompt_mask=None if plain is None else plain[1][rows],
         )
 
+    def _steps(self, policy: Policy, sampling: Sampling) -> Steps:
+        if self._program is None:
+            return Steps(sampling.max_new_tokens)
+        why = "an encoder-decoder model" if policy.model.config.is_encoder_decoder else ""
+        why = "sharded weights" if policy.is_sharded else why
+        if why:
+            raise ValueError(
+                f"Decoding with {why} cannot be compiled; use {type(self).__name__}(compile=False)."
+            )
+        return CompiledSteps(sampling.max_new_tokens, self._program)
+
     def _decode(
         self,
         policy: Policy,
@@ -180,13 +202,14 @@ class TransformersEngine(Engine):
         sampling: Sampling,
         share: Tensor | None,
         number: Tensor,
+        steps: Steps,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens, mask and log-probabilities, shape (B, T), and which rows met a stop token.
 
         ``number`` says which responses of the rollout these are, shape (B,).
         """
         stop = torch.tensor(policy.stop_ids, device=rows.device, dtype=torch.long)
-        voices = Voices(policy, input_ids, prompt_mask, rows, share)
+        voices = Voices(policy, input_ids, prompt_mask, rows, share, steps)
         shape = (len(rows), sampling.max_new_tokens)
         tokens = torch.full(shape, policy.pad_id, device=rows.device)
         mask = torch.zeros(shape, dtype=torch.bool, device=rows.device)
@@ -205,14 +228,15 @@ class TransformersEngine(Engine):
                 if self.on_tokens is not None:
                     self.on_tokens(number[running][open_], token[open_])
                 finished[running] |= torch.isin(token, stop)
-                left = (~finished[running]).nonzero().squeeze(-1)
-                if step + 1 == sampling.max_new_tokens or not policy.most(len(left)):
+                ended = finished[running]
+                if step + 1 == sampling.max_new_tokens or not policy.most(int((~ended).sum())):
                     break
-                if not len(left):  # others that share the weights go on
-                    left = torch.zeros_like(running[:1])
-                if len(left) <= _COMPACT_AT * len(running):
-                    voices.select(left)
-                    running, token = running[left], token[left]
+                if ended.all():  # others that share the weights go on
+                    ended = torch.arange(len(running), device=running.device) > 0
+                kept = steps.kept(ended)
+                if kept is not None:
+                    voices.select(kept)
+                    running, token = running[kept], token[kept]
                 voices.extend(token)
         length = step + 1
         return tokens[:, :length], mask[:, :length], logps[:, :length], finished

@@ -8,9 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .cache import grow_in_place
 from .policy import Policy
-from .prefix import extend, read_prompt
+from .prefix import read_prompt
+from .steps import Steps
 
 __all__ = ["Voices", "mixes_rows"]
 
@@ -32,6 +32,7 @@ class Voices:
         prompt_mask: True where a token stands, shape (P, L).
         rows: Prompt of each response, shape (B,).
         share: Exponent of each voice in the geometric mixture, shape (P, v); None for one voice.
+        steps: How the model computes.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class Voices:
         prompt_mask: Tensor,
         rows: Tensor,
         share: Tensor | None,
+        steps: Steps,
     ) -> None:
-        self._policy, self._rows, self._share = policy, rows, share
+        self._policy, self._rows, self._share, self._steps = policy, rows, share, steps
         self._count = 1 if share is None else share.shape[1]
         every = torch.arange(self._count, device=rows.device)
         self._parts = [every] if mixes_rows(policy) else list(every.split(1))
@@ -51,17 +53,18 @@ class Voices:
         for part in self._parts:
             asked = _side_by_side(prompts, self._count, part)
             prompt = asked // self._count
-            with policy.rows(asked):
+            with steps.rows(policy, asked):
                 prefix = read_prompt(policy.model, input_ids[prompt], prompt_mask[prompt])
             prefix = prefix.select(_own(rows, part))
-            grow_in_place(prefix.cache)
+            steps.begin(prefix)
             self._prefixes.append(prefix)
         self._scope = ExitStack()
 
     def __enter__(self) -> Self:
         # Where there is one forward its scope stays open: it keeps what decoding can reuse.
         if len(self._parts) == 1:
-            self._scope.enter_context(self._policy.rows(self._asked(self._parts[0])))
+            asked = self._asked(self._parts[0])
+            self._scope.enter_context(self._steps.rows(self._policy, asked))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,9 +94,10 @@ class Voices:
         """Appends one token to every running response, shape (B,)."""
         for prefix, part in zip(self._prefixes, self._parts, strict=True):
             alone = len(self._parts) > 1
-            with self._policy.rows(self._asked(part)) if alone else nullcontext():
+            asked = self._asked(part)
+            with self._steps.rows(self._policy, asked) if alone else nullcontext():
                 tokens = token.repeat_interleave(len(part)).unsqueeze(-1)
-                extend(self._policy.model, prefix, tokens)
+                self._steps.extend(self._policy.model, prefix, tokens)
 
 
 def _side_by_side(rows: Tensor, count: int, part: Tensor) -> Tensor:

@@ -1,0 +1,123 @@
+"""How the model takes the steps of decoding: as it is, or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .cache import fix_length, grow_in_place
+from .policy import Policy
+from .prefix import Prefix, extend, run
+
+__all__ = ["CompiledSteps", "Steps"]
+
+# Finished responses are computed along until only this share of the rows is left.
+_FEWER = 0.75
+# Lengths of a fixed cache are multiples of this: a program is compiled for a length.
+_MULTIPLE = 64
+# Programs of one engine: for sizes, merged and mixed weights, and the reference.
+_PROGRAMS = 64
+
+
+class Steps:
+    """The model's own forward, with a cache that grows in place.
+
+    Args:
+        new_tokens: The most tokens of a response.
+    """
+
+    def __init__(self, new_tokens: int) -> None:
+        self.new_tokens = new_tokens
+
+    def rows(self, policy: Policy, index: Tensor) -> AbstractContextManager[None]:
+        """Opens the preference of a batch whose row b is row ``index[b]`` of the preference."""
+        return policy.rows(index)
+
+    def begin(self, prefix: Prefix) -> None:
+        """Prepares the cache of prompts that were read for the responses."""
+        grow_in_place(prefix.cache)
+
+    def extend(self, model: PreTrainedModel, prefix: Prefix, tokens: Tensor) -> None:
+        """Runs one token of every response, shape (rows, 1)."""
+        extend(model, prefix, tokens)
+
+    def kept(self, finished: Tensor) -> Tensor | None:
+        """Rows to go on with, of those that are computed; None for all.
+
+        Args:
+            finished: Which of them have ended, shape (rows,); not all have.
+        """
+        left = (~finished).nonzero().squeeze(-1)
+        return left if len(left) <= _FEWER * len(finished) else None
+
+
+class CompiledSteps(Steps):
+    """The forward as a compiled program, with a cache of fixed length.
+
+    Finished responses are left out by halves, so that there are few sizes.
+
+    Args:
+        new_tokens: The most tokens of a response.
+        program: ``prefix.run``, compiled; see ``compile_forward``.
+    """
+
+    def __init__(self, new_tokens: int, program: Callable[..., Tensor]) -> None:
+        super().__init__(new_tokens)
+        self._program = program
+
+    def begin(self, prefix: Prefix) -> None:
+        rows, used = prefix.mask.shape
+        length = -(-(used + self.new_tokens) // _MULTIPLE) * _MULTIPLE
+        fix_length(prefix.cache, length)
+        # Causality hides the tokens to come.
+        room = prefix.mask.new_ones(rows, length - used)
+        prefix.mask, prefix.fixed = torch.cat([prefix.mask, room], dim=-1), True
+
+    def extend(self, model: PreTrainedModel, prefix: Prefix, tokens: Tensor) -> None:
+        # The first forward of a scope makes what the others reuse: it is another program.
+        extend(model, prefix, tokens, self._program if prefix.begun else None)
+
+    def kept(self, finished: Tensor) -> Tensor | None:
+        size, left = len(finished), int((~finished).sum())
+        while left <= size // 2:
+            size //= 2
+        if size == len(finished):
+            return None
+        # Filled up with finished ones, in the order that they had.
+        return finished.long().argsort(stable=True)[:size].sort().values
+
+
+def compile_forward(backend: str = "inductor") -> Callable[..., Tensor]:
+    """``prefix.run``, compiled when it is first called, and again for weights of another kind.
+
+    The second number of rows or length that it meets makes a program for any; where full-rank
+    copies are mixed by row, the third.
+
+    Raises:
+        RuntimeError: when it is called, if the model's forward cannot be compiled.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    make: Any = torch.compile  # its overloads do not name all of its arguments
+    compiled = make(
+        run, fullgraph=True, backend=backend, isolate_recompiles=True, recompile_limit=_PROGRAMS
+    )
+
+    def program(model: PreTrainedModel, **inputs: Any) -> Tensor:
+        try:
+            # Row mixing keeps tensors of the batch's size where modules keep their properties.
+            with torch._dynamo.config.patch(force_nn_module_property_static_shapes=False):
+                logits: Tensor = compiled(model, **inputs)
+                return logits
+        except TorchDynamoException as error:
+            raise RuntimeError(
+                f"The forward of {type(model).__name__} could not be compiled; use "
+                "TransformersEngine(compile=False). On the CPU torch.compile needs a C++ compiler."
+            ) from error
+
+    return program
