@@ -100,7 +100,11 @@ SIZES = {
     "tiny": Size(llama(64, 32, 64, 2, 4, 2), 2, 2, 4, 4),  # for the smoke test
 }
 # Other engines for our rollouts, by name.
-ENGINES: dict[str, dict[str, Any]] = {"compiled": {"compile": True}}
+ENGINES: dict[str, dict[str, Any]] = {
+    "compiled": {"compile": True},
+    "bf16": {"precision": "bf16"},
+    "compiled-bf16": {"compile": True, "precision": "bf16"},
+}
 
 
 def save_model(folder: Path, size: Size) -> Path:

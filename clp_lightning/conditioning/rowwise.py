@@ -103,7 +103,7 @@ def mixed_forward(module: nn.Module, mixed: Mixed, scope: Scope, x: Tensor) -> T
         deltas, columns = mixed["weight"]
         for delta, column in zip(deltas, columns, strict=True):
             c = _shaped(coefficients[:, column], out.ndim).to(out)
-            out = out + c * F.embedding(x, delta.to(out.dtype), module.padding_idx)
+            out = out + c * F.embedding(x, delta, module.padding_idx).to(out.dtype)
         return out * getattr(module, "scalar_embed_scale", 1.0)
     if isinstance(module, nn.LayerNorm):
         plain = F.layer_norm(x, module.normalized_shape, None, None, module.eps)

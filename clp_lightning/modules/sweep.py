@@ -75,7 +75,9 @@ class FrontSweep(LightningModule):
     @property
     def decoding(self) -> dict[str, Any]:
         """Under which decoding fronts are measured."""
-        return {"engine": type(self.engine).__name__, **self.sampling.to_dict()}
+        precision = self.engine.precision
+        lower = {"precision": precision} if precision else {}
+        return {"engine": type(self.engine).__name__, **lower, **self.sampling.to_dict()}
 
     def cost_report(self) -> dict[str, float | None]:
         """What training has cost so far, and what an answer takes; None is unknown.
@@ -216,8 +218,7 @@ class FrontSweep(LightningModule):
         """Of the distribution that was sampled from: the sampler's own where it kept them."""
         if rollout.logp is not None:
             return rollout.logp
-        with torch.no_grad(), self.policy.conditioned(rollout.preference):
-            return self.policy.logprobs(rollout)
+        return self.engine.logprobs(self.policy, rollout)
 
     def _record(self, rollout: Rollout, raw: Tensor, row: int) -> dict[str, Any]:
         names = self.rewards.names

@@ -6,12 +6,13 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..described import Described
+from ..described import Described, check_choice
 from ..keyed import uniforms
 from ..types import Preference, PromptBatch, Rollout
 from .policy import Policy
@@ -29,6 +30,8 @@ class Engine(Described, ABC):
 
     #: False where it samples from something else than the policy, so that it cannot train it.
     on_policy: bool = True
+    #: Of the numbers it computes with, where that is less than the policy's own.
+    precision: str | None = None
 
     @abstractmethod
     def generate(self, policy: Policy, batch: PromptBatch, n: int, sampling: Sampling) -> Rollout:
@@ -71,6 +74,10 @@ class TransformersEngine(Engine):
             Compiling takes from half a minute to minutes, once, again for the second size of a
             batch, and for the reference; after that no preference and no size compiles anew.
             For decoder-only models without sliding windows, on weights that are not sharded.
+        precision: ``bf16`` samples with copies of the weights in bfloat16. The responses are then
+            not quite the policy's: log-probabilities are those of the scoring pass, in the
+            policy's own precision, and a rollout carries none of the sampler's. Not on weights
+            that are sharded.
 
     Attributes:
         on_tokens: Called at every step with the rows that grew and their tokens, shape (R,) each;
@@ -79,8 +86,9 @@ class TransformersEngine(Engine):
 
     on_tokens: Callable[[Tensor, Tensor], None] | None = None
 
-    def __init__(self, compile: bool = False) -> None:
+    def __init__(self, compile: bool = False, precision: Literal["bf16"] | None = None) -> None:
         self.compile = compile
+        self.precision = check_choice("precision", precision, [None, "bf16"])
         self._program = compile_forward() if compile else None
 
     def voices(self, policy: Policy, preference: Preference) -> tuple[Preference, Tensor | None]:
@@ -119,7 +127,7 @@ class TransformersEngine(Engine):
             raise ValueError(
                 "The batch has no preference; add CLPCallback to the Trainer's callbacks."
             )
-        steps = self._steps(policy, sampling)
+        self._check(policy)
         rewritten = policy.conditioner.rewrites and not policy.is_reference
         input_ids, prompt_mask = policy.encode(batch.prompts, preference if rewritten else None)
         _check_positions(policy.model, int(prompt_mask.sum(-1).max()), sampling.max_new_tokens)
@@ -152,7 +160,6 @@ class TransformersEngine(Engine):
                         sampling,
                         share,
                         mine.nonzero().squeeze(-1),
-                        steps,
                     )
                 response_ids[mine, : ids.shape[1]] = ids
                 mask[mine, : ids.shape[1]] = part
@@ -176,21 +183,30 @@ class TransformersEngine(Engine):
             columns={
                 name: [column[g] for g in groups.tolist()] for name, column in batch.columns.items()
             },
-            logp=logp,
+            logp=None if self.precision else logp,
             reference_input_ids=None if plain is None else plain[0][rows],
             reference_prompt_mask=None if plain is None else plain[1][rows],
         )
 
     def _steps(self, policy: Policy, sampling: Sampling) -> Steps:
+        dtype = None if self.precision is None else torch.bfloat16
         if self._program is None:
-            return Steps(sampling.max_new_tokens)
-        why = "an encoder-decoder model" if policy.model.config.is_encoder_decoder else ""
-        why = "sharded weights" if policy.is_sharded else why
-        if why:
+            return Steps(sampling.max_new_tokens, dtype)
+        return CompiledSteps(sampling.max_new_tokens, dtype, self._program)
+
+    def _check(self, policy: Policy) -> None:
+        """Refuses what this engine cannot decode with, before anything is computed."""
+        name = type(self).__name__
+        if policy.is_sharded and (self.compile or self.precision):
             raise ValueError(
-                f"Decoding with {why} cannot be compiled; use {type(self).__name__}(compile=False)."
+                "Decoding with sharded weights can be neither compiled nor cast; use "
+                f"{name} without compile and precision."
             )
-        return CompiledSteps(sampling.max_new_tokens, self._program)
+        if policy.model.config.is_encoder_decoder and self.compile:
+            raise ValueError(
+                "Decoding with an encoder-decoder model cannot be compiled; use "
+                f"{name}(compile=False)."
+            )
 
     def _decode(
         self,
@@ -202,13 +218,13 @@ class TransformersEngine(Engine):
         sampling: Sampling,
         share: Tensor | None,
         number: Tensor,
-        steps: Steps,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens, mask and log-probabilities, shape (B, T), and which rows met a stop token.
 
         ``number`` says which responses of the rollout these are, shape (B,).
         """
         stop = torch.tensor(policy.stop_ids, device=rows.device, dtype=torch.long)
+        steps = self._steps(policy, sampling)  # with copies of weights for these preferences only
         voices = Voices(policy, input_ids, prompt_mask, rows, share, steps)
         shape = (len(rows), sampling.max_new_tokens)
         tokens = torch.full(shape, policy.pad_id, device=rows.device)

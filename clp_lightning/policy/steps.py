@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .cache import fix_length, grow_in_place
+from .casting import weights_cast
 from .policy import Policy
 from .prefix import Prefix, extend, run
 
@@ -29,14 +30,22 @@ class Steps:
 
     Args:
         new_tokens: The most tokens of a response.
+        dtype: Of the weights that decoding computes with; the policy's own if None.
     """
 
-    def __init__(self, new_tokens: int) -> None:
-        self.new_tokens = new_tokens
+    def __init__(self, new_tokens: int, dtype: torch.dtype | None = None) -> None:
+        self.new_tokens, self.dtype = new_tokens, dtype
+        self._cast: dict[Tensor, Tensor] = {}
 
-    def rows(self, policy: Policy, index: Tensor) -> AbstractContextManager[None]:
+    @contextmanager
+    def rows(self, policy: Policy, index: Tensor) -> Iterator[None]:
         """Opens the preference of a batch whose row b is row ``index[b]`` of the preference."""
-        return policy.rows(index)
+        with policy.rows(index):
+            if self.dtype is None:
+                yield
+            else:
+                with weights_cast(policy.model, self.dtype, self._cast):
+                    yield
 
     def begin(self, prefix: Prefix) -> None:
         """Prepares the cache of prompts that were read for the responses."""
@@ -63,11 +72,14 @@ class CompiledSteps(Steps):
 
     Args:
         new_tokens: The most tokens of a response.
+        dtype: As in ``Steps``.
         program: ``prefix.run``, compiled; see ``compile_forward``.
     """
 
-    def __init__(self, new_tokens: int, program: Callable[..., Tensor]) -> None:
-        super().__init__(new_tokens)
+    def __init__(
+        self, new_tokens: int, dtype: torch.dtype | None, program: Callable[..., Tensor]
+    ) -> None:
+        super().__init__(new_tokens, dtype)
         self._program = program
 
     def begin(self, prefix: Prefix) -> None:

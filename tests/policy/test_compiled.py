@@ -150,7 +150,7 @@ def test_a_few_sizes_make_a_program_for_all(
 
 
 def test_rows_that_ended_are_left_out_by_halves() -> None:
-    steps = CompiledSteps(8, lambda *_, **__: torch.empty(0))
+    steps = CompiledSteps(8, None, lambda *_, **__: torch.empty(0))
     ended = torch.tensor([True, False, True, True, True, False, True, True])
     kept = steps.kept(ended)
     assert kept is not None and kept.tolist() == [1, 5]

@@ -1,0 +1,48 @@
+"""A model that computes with its weights in another precision for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["weights_cast"]
+
+
+@contextmanager
+def weights_cast(
+    model: nn.Module, dtype: torch.dtype, made: dict[Tensor, Tensor]
+) -> Iterator[None]:
+    """Inside the block all wider floating-point weights of ``model`` are copies in ``dtype``.
+
+    Args:
+        model: Any; quantised weights and buffers stay as they are.
+        dtype: Of the copies.
+        made: Copies by what they were made of: used again, and added to.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> with weights_cast(layer, torch.bfloat16, {}):
+        ...     layer.weight.dtype
+        torch.bfloat16
+        >>> layer.weight.dtype
+        torch.float32
+    """
+    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is None or not weight.is_floating_point():
+                continue
+            if weight.element_size() > dtype.itemsize:
+                kept.append((module, name, weight))
+    try:
+        for module, name, weight in kept:
+            if weight not in made:  # a tensor is alike only to itself, as a key
+                made[weight] = weight.detach().to(dtype)
+            module._parameters[name] = made[weight]  # type: ignore[assignment]
+        yield
+    finally:
+        for module, name, weight in kept:
+            module._parameters[name] = weight
