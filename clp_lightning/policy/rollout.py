@@ -71,8 +71,8 @@ class TransformersEngine(Engine):
 
     Args:
         compile: Run the forward of every token but the first two as a program of torch.compile's.
-            Compiling takes from half a minute to minutes, once, again for the second size of a
-            batch, and for the reference; after that no preference and no size compiles anew.
+            Compiling takes from seconds to minutes, at the first rollout, again for the reference
+            and for a batch of another size; no preference compiles anew.
             For decoder-only models without sliding windows, on weights that are not sharded.
         precision: ``bf16`` samples with copies of the weights in bfloat16. The responses are then
             not quite the policy's: log-probabilities are those of the scoring pass, in the

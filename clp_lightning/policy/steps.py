@@ -108,7 +108,7 @@ def compile_forward(backend: str = "inductor") -> Callable[..., Tensor]:
     """``prefix.run``, compiled when it is first called, and again for weights of another kind.
 
     The second number of rows or length that it meets makes a program for any; where full-rank
-    copies are mixed by row, the third.
+    copies are mixed by row, further ones may need their own.
 
     Raises:
         RuntimeError: when it is called, if the model's forward cannot be compiled.

@@ -132,21 +132,20 @@ def test_no_preference_prompt_or_step_compiles_anew(
         engine.generate(policy, asked, 2, Sampling(12))
 
 
-@pytest.mark.parametrize(("conditioner", "sizes"), [("LoRA", 2), ("full", 3)])
-def test_a_few_sizes_make_a_program_for_all(
-    tiny_folder: Callable[..., Path], compiled: Make, conditioner: str, sizes: int
+@pytest.mark.parametrize("conditioner", ["LoRA"])
+def test_the_second_size_makes_a_program_for_all(
+    tiny_folder: Callable[..., Path], compiled: Make, conditioner: str
 ) -> None:
     policy = build_policy(tiny_folder("llama"), CONDITIONERS[conditioner](), perturb=0.05)
     policy.stop_ids = ()
     engine = compiled()
-    for n in range(2, 2 + sizes):
+    for n in (2, 3):
         engine.generate(policy, prompt_batch(PROMPTS), n, Sampling(12))
     for n in (6, 7):
         with torch._dynamo.config.patch(error_on_recompile=True):
             got = engine.generate(policy, prompt_batch(PROMPTS), n, Sampling(12))
-        assert_same(
-            got, TransformersEngine().generate(policy, prompt_batch(PROMPTS), n, Sampling(12))
-        )
+        plain = TransformersEngine().generate(policy, prompt_batch(PROMPTS), n, Sampling(12))
+        assert_same(got, plain)
 
 
 def test_rows_that_ended_are_left_out_by_halves() -> None:
