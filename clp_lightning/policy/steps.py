@@ -107,8 +107,8 @@ class CompiledSteps(Steps):
 def compile_forward(backend: str = "inductor") -> Callable[..., Tensor]:
     """``prefix.run``, compiled when it is first called, and again for weights of another kind.
 
-    The second number of rows or length that it meets makes a program for any; where full-rank
-    copies are mixed by row, further ones may need their own.
+    The second number of rows or length that it meets makes a program for any; where preferences
+    are mixed by row, each has its own.
 
     Raises:
         RuntimeError: when it is called, if the model's forward cannot be compiled.
@@ -122,10 +122,8 @@ def compile_forward(backend: str = "inductor") -> Callable[..., Tensor]:
 
     def program(model: PreTrainedModel, **inputs: Any) -> Tensor:
         try:
-            # Row mixing keeps tensors of the batch's size where modules keep their properties.
-            with torch._dynamo.config.patch(force_nn_module_property_static_shapes=False):
-                logits: Tensor = compiled(model, **inputs)
-                return logits
+            logits: Tensor = compiled(model, **inputs)
+            return logits
         except TorchDynamoException as error:
             raise RuntimeError(
                 f"The forward of {type(model).__name__} could not be compiled; use "

@@ -132,7 +132,7 @@ def test_no_preference_prompt_or_step_compiles_anew(
         engine.generate(policy, asked, 2, Sampling(12))
 
 
-@pytest.mark.parametrize("conditioner", ["LoRA"])
+@pytest.mark.parametrize("conditioner", ["merge"])
 def test_the_second_size_makes_a_program_for_all(
     tiny_folder: Callable[..., Path], compiled: Make, conditioner: str
 ) -> None:
