@@ -42,28 +42,35 @@ def main() -> None:
     print(markdown_table(heads, []), flush=True)
     for name, kind in CONDITIONERS.items():
         for size in SHAPES:
-            module = CLPModule(
-                size,
-                kind(),
-                {name: Brevity() for name in REWARDS},
-                samples_per_prompt=SAMPLES,
-                max_new_tokens=NEW_TOKENS,
-                gradient_checkpointing=True,
-                eval_rows=PROMPTS * SAMPLES,
-            )
-            load = Load(PROMPTS, PROMPT_TOKENS, one_preference=kind is Mixture, foreach=True)
-            alone = rehearse(module, load, skeleton(size))
-            gathered = gathered_bytes(module.policy)
             for devices in (1, 8, 64):
-                found = on_each_device(alone, Layout(devices, devices), gathered)
-                parts = max(found.values(), key=lambda each: sum(each.values()))
-                total = sum(parts.values()) / 1e9
-                cells = [
-                    f"{number / 1e9:.1f}" for part, number in parts.items() if part != "rewards"
-                ]
-                verdict = "yes" if total <= 0.9 * MEMORY else "no"
-                row = [size, name, str(devices), *cells, f"**{total:.1f}**", verdict]
-                print(f"| {' | '.join(row)} |", flush=True)
+                print(f"| {' | '.join(row(name, kind, size, devices))} |", flush=True)
+
+
+def row(name: str, kind: type[Conditioner], size: str, devices: int) -> list[str]:
+    """What one of ``devices`` holds at the peak, by part; whether it fits."""
+    module = CLPModule(
+        size,
+        kind(),
+        {name: Brevity() for name in REWARDS},
+        samples_per_prompt=SAMPLES,
+        max_new_tokens=NEW_TOKENS,
+        gradient_checkpointing=True,
+        eval_rows=PROMPTS * SAMPLES,
+    )
+    load = Load(
+        PROMPTS,
+        PROMPT_TOKENS,
+        one_preference=kind is Mixture,
+        foreach=True,
+        shard_group=devices,
+    )
+    alone = rehearse(module, load, skeleton(size))
+    found = on_each_device(alone, Layout(devices, devices), gathered_bytes(module.policy))
+    parts = max(found.values(), key=lambda each: sum(each.values()))
+    total = sum(parts.values()) / 1e9
+    cells = [f"{number / 1e9:.1f}" for part, number in parts.items() if part != "rewards"]
+    verdict = "yes" if total <= 0.9 * MEMORY else "no"
+    return [size, name, str(devices), *cells, f"**{total:.1f}**", verdict]
 
 
 if __name__ == "__main__":

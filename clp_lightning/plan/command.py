@@ -64,6 +64,7 @@ def plan(
         raise ValueError(f"plan counts the step of a CLPModule; {config} has another module.")
     layout = read_layout(trainer, devices)
     load = _load(cli, trainer, prompt_tokens)
+    load.shard_group = layout.shard_group
     alone = rehearse(module, load)
     phases = on_each_device(alone, layout, gathered_bytes(module.policy))
     peak = max(sum(parts.values()) for parts in phases.values())

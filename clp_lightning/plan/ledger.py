@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,12 +26,16 @@ class Ledger(TorchDispatchMode):
     in-place operations and optimizers are accounted for as they are, whatever the model. What a
     kernel uses inside is not seen.
 
+    Args:
+        shares: Parts that are split over so many devices: a peak is one of a device.
+
     Attributes:
-        now: Bytes alive, by part.
+        now: Bytes alive, by part, over all devices.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shares: Mapping[str, int] | None = None) -> None:
         super().__init__()
+        self._shares = shares or {}
         self.now: dict[str, int] = {}
         self._known: dict[int, tuple[str, int]] = {}
         self._part = REST
@@ -64,8 +68,11 @@ class Ledger(TorchDispatchMode):
 
     def _add(self, part: str, size: int) -> None:
         self.now[part] = self.now.get(part, 0) + size
-        if sum(self.now.values()) > sum(self._highest.values()):
+        if self._on_a_device(self.now) > self._on_a_device(self._highest):
             self._highest = dict(self.now)
+
+    def _on_a_device(self, parts: Mapping[str, int]) -> float:
+        return sum(size / self._shares.get(part, 1) for part, size in parts.items())
 
     def assign(self, tensor: Tensor, part: str) -> None:
         """Counts ``tensor`` to ``part``, whether it is known or not."""

@@ -20,6 +20,7 @@ from ..policy.sampling import sample_tokens
 from ..pretrained import load_skeleton
 from ..rewards.heads import Head
 from ..types import Preference, Rollout
+from .devices import SHARDED
 from .ledger import Ledger, fused_attention
 
 __all__ = ["PARTS", "Load", "rehearse"]
@@ -47,6 +48,7 @@ class Load:
         one_preference: Whether the batch has one preference.
         dtype: Of the frozen base, if not the one that it is loaded in (``precision: bf16-true``).
         foreach: Whether the optimizer updates all parameters at once, as it does on a GPU.
+        shard_group: How many devices share one copy of the weights, mixed layer by layer.
     """
 
     prompts: int
@@ -55,6 +57,7 @@ class Load:
     one_preference: bool = False
     dtype: torch.dtype | None = None
     foreach: bool = False
+    shard_group: int = 1
 
 
 def rehearse(
@@ -79,13 +82,16 @@ class _Rehearsal:
         skeleton = load_skeleton(self.policy.pretrained) if model is None else model
         names = module.rewards.names
         self.policy.attach(skeleton, names, module.seed)
+        if load.shard_group > 1:
+            self.policy.conditioner.move_in()
+            self.policy.share_prompts = False
         if module.critic is not None:
             output: Any = self.policy.model.get_output_embeddings()
             module.critic.build(output.in_features, len(names), module.seed)
         module.to("meta")
         if load.dtype is not None:
             module.to(load.dtype)
-        self.ledger = Ledger()
+        self.ledger = Ledger(dict.fromkeys(SHARDED, load.shard_group))
 
     def run(self) -> dict[str, dict[str, int]]:
         module, load = self.module, self.load

@@ -36,6 +36,11 @@ def test_table_devices_and_verdict(
     assert one["communication"] == 0 < part["communication"]
     assert alone["fits"]
 
+    config["trainer"] |= {"precision": "32-true"}
+    path = write_config(tmp_path / "exact.yaml", config)
+    exact = planned(capsys, "--config", path, "--devices", "1")
+    assert exact["phases"]["sampling"]["base"] > 1.9 * one["base"]
+    path = str(tmp_path / "run.yaml")
     run(["plan", "--config", path, "--memory", "0.0001"])
     out = capsys.readouterr().out
     assert "computed, not run" in out and "KV cache" in out

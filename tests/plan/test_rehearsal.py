@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from clp_lightning import LoRA
+from clp_lightning import ClassifierHead, LoRA
 from clp_lightning.conditioning import Mixture
-from clp_lightning.plan import Ledger, Load, rehearse
+from clp_lightning.plan import (
+    Gathered,
+    Layout,
+    Ledger,
+    Load,
+    gathered_bytes,
+    on_each_device,
+    rehearse,
+)
+from tests.rewards.classifiers import save_classifier
 from tests.runs import make_module
 
 PROMPTS, SAMPLES, LENGTH, NEW = 2, 3, 16, 5
 LAYERS, KV_HEADS, HEAD = 2, 2, 8  # of the tiny Llama
 ROOM = 32  # tokens that a cache keeps free
+
+
+def test_a_peak_is_one_of_a_device() -> None:
+    def work(ledger: Ledger) -> None:
+        with ledger.part("base"):
+            a = torch.empty(10, device="meta")
+        del a
+        torch.empty(5, device="meta")
+
+    for shares, peak in (({}, {"base": 40}), ({"base": 4}, {"base": 0, "activations": 20})):
+        ledger = Ledger(shares)
+        with ledger:
+            assert ledger.peak_of(partial(work, ledger)) == peak
 
 
 def test_the_ledger_counts_storages_while_they_live() -> None:
@@ -65,10 +89,77 @@ def test_a_longer_step_takes_more_and_checkpointing_less(tiny_folder: Callable[.
 
     short, long = activations(32), activations(64)
     assert short < long < 2.1 * short
+    # Behind the prompts, which are computed once, every response has its own.
+    few, many = (activations(4, samples_per_prompt=n, max_new_tokens=64) for n in (2, 4))
+    assert 1.8 * few < many < 2.1 * few
     assert activations(64, gradient_checkpointing=True) < long * 2 / 3
 
 
-def base_parameters(base: Path) -> list[torch.nn.Parameter]:
-    from transformers import AutoModelForCausalLM
+def test_reward_models_count_where_they_stand_beside_the_policy(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = str(save_classifier(tmp_path / "head", "bert", ["score"]))
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder)
+    rewards = {"head": ClassifierHead(folder), "elsewhere": ClassifierHead(folder, device="cpu")}
+    phases = rehearse(make_module(tiny_folder(), rewards=rewards), Load(PROMPTS, LENGTH))
+    assert phases["sampling"]["rewards"] == 4 * classifier.num_parameters()
 
+
+def test_accumulation_keeps_gradients_and_generation_ahead_takes_more(
+    tiny_folder: Callable[..., Path],
+) -> None:
+    def rehearsed(accumulate: int, ahead: int) -> dict[str, dict[str, int]]:
+        base = tiny_folder("llama", num_hidden_layers=5)
+        options = {"gradient_checkpointing": True, "rollout_batches": ahead}
+        module = make_module(base, conditioner=Mixture("full"), **options)
+        load = Load(PROMPTS, 64, accumulate=accumulate, one_preference=True)
+        return rehearse(module, load)
+
+    once, kept = rehearsed(1, 1), rehearsed(2, 2)
+    # The most is alive before the merged weights pass their gradient on.
+    assert once["gradient"]["gradients"] == 0
+    assert kept["gradient"]["gradients"] == kept["gradient"]["deltas"]
+    assert kept["sampling"]["KV cache"] == 2 * once["sampling"]["KV cache"]
+
+
+def test_an_optimizer_that_updates_all_at_once_takes_more(
+    tiny_folder: Callable[..., Path],
+) -> None:
+    def update(foreach: bool) -> dict[str, int]:
+        module = make_module(tiny_folder(), conditioner=Mixture("full"))
+        return rehearse(module, Load(PROMPTS, LENGTH, foreach=foreach))["update"]
+
+    one_by_one, at_once = update(False), update(True)
+    assert one_by_one["activations"] < at_once["deltas"] <= at_once["activations"]
+
+
+def test_sharded_weights_are_mixed_and_gathered_block_by_block(
+    tiny_folder: Callable[..., Path],
+) -> None:
+    layers = 5
+    base = tiny_folder("llama", num_hidden_layers=layers)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    size = 4 * model.num_parameters()
+    block = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
+
+    def rehearsed(devices: int) -> tuple[dict[str, dict[str, int]], Gathered]:
+        options = {"max_new_tokens": NEW, "gradient_checkpointing": True}
+        module = make_module(base, conditioner=Mixture("full"), **options)
+        load = Load(PROMPTS, LENGTH, one_preference=True, shard_group=devices)
+        return rehearse(module, load), gathered_bytes(module.policy)
+
+    (alone, _), (split, gathered) = rehearsed(1), rehearsed(4)
+    for part in ("deltas", "gradients", "optimizer"):
+        assert split["update"][part] == alone["update"][part]
+    assert alone["sampling"]["merged copy"] == size > split["sampling"]["merged copy"] == 0
+    # Two deltas beside every weight; of five blocks two are there at a time.
+    whole = size - (layers - 2) * block
+    assert gathered == Gathered(weights=3 * whole, gradients=2 * whole)
+    phases = on_each_device(split, Layout(4, shard_group=4), gathered)
+    for phase, held in (("sampling", 3 * whole), ("gradient", 5 * whole), ("update", 0)):
+        assert phases[phase]["communication"] == held
+        assert phases[phase]["deltas"] == -(-split[phase]["deltas"] // 4)
+
+
+def base_parameters(base: Path) -> list[torch.nn.Parameter]:
     return list(AutoModelForCausalLM.from_pretrained(base).parameters())
