@@ -72,10 +72,12 @@ class PromptFormat:
         names = ", ".join(sorted(self.columns))
         self.source = next((name for name in _PROMPT_COLUMNS if name in self.columns), None)
         self.prompt_columns = [self.source] if self.source else []
+        self.inserted: list[str] = []  # whole, by the template
         if template is not None:
             fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
             # "{meta[title]}" and "{meta.title}" read the column "meta".
             self.prompt_columns = sorted({re.split(r"[.\[]", name)[0] for name in fields})
+            self.inserted = [name for name in self.prompt_columns if name in fields]
             unknown = [name for name in self.prompt_columns if name not in self.columns]
             if unknown:
                 raise ValueError(f"The template names {unknown}; the columns are: {names}.")
@@ -117,6 +119,7 @@ class PromptFormat:
         if self.template is None:
             prompt = row[self.prompt_columns[0]]
         else:
+            self._check_inserted(row, prompt_id)
             prompt = self.template.format_map(row)
         if isinstance(prompt, list):
             if not all(isinstance(m, dict) and m.get("role") for m in prompt):
@@ -132,6 +135,21 @@ class PromptFormat:
             system = [{"role": "system", "content": self.system}] if self.system else []
             prompt = [*system, {"role": "user", "content": prompt}]
         return prompt
+
+    def _check_inserted(self, row: Mapping[str, Any], prompt_id: int) -> None:
+        """Python would write None, or a list with its brackets, into the prompt."""
+        for name in self.prompt_columns:
+            if row[name] is None:
+                raise ValueError(
+                    f"Row {prompt_id}: its '{name}', which the template names, is missing; fill it "
+                    "or leave the row out."
+                )
+        for name in self.inserted:
+            if isinstance(row[name], (list, dict)):
+                raise ValueError(
+                    f"Row {prompt_id}: its '{name}' is a {type(row[name]).__name__}; the template "
+                    f"takes text and numbers, or a part of it: {{{name}[...]}}."
+                )
 
 
 def collate(

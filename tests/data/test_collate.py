@@ -79,6 +79,16 @@ def test_an_empty_prompt_names_its_row(prompt: Any) -> None:
         batch([{"prompt": "fine"}, {"prompt": prompt}])
 
 
+def test_a_template_writes_neither_none_nor_brackets() -> None:
+    with pytest.raises(
+        ValueError, match="Row 8: its 'document', which the template names, is miss"
+    ):
+        batch([{"document": "D"}, {"document": None}], template="Summarise: {document}")
+    with pytest.raises(ValueError, match=r"Row 7: its 'document' is a list; .* {document\[...]}"):
+        batch([{"document": ["D"]}], template="Summarise: {document}")
+    assert batch([{"document": ["D"], "n": 3}], template="{document[0]}{n}").prompts == ["D3"]
+
+
 def test_prompts_of_another_kind_are_refused() -> None:
     with pytest.raises(ValueError, match="Row 7: the prompt is a int"):
         batch([{"prompt": 3}])
