@@ -35,15 +35,15 @@ def score_of(batch: PromptBatch) -> Tensor:
 def test_auc_by_hand(
     tiny_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Of swapped words .9 beats .8 and .1, .3 beats .1: 3 of 4; of others 2 beats both, 0 beats
-    # both. Together .9 beats all four, .3 three, 2 all four, 0 two: 13 of 16.
+    # Of swapped words .9 beats .8 and .1, .3 beats .1: 3 of 4; of others both beat both. Together
+    # .9 beats three, .3 two, 30 and 25 all four: 13 of 16. In float32 30 and 20 are equally sure.
     rows = [
         {"prompt": "p", "chosen": chosen, "rejected": rejected, "kind": kind}
         for chosen, rejected, kind in (
             ("0.9", "0.8", "swapped"),
+            ("30", "20", "other"),
             ("0.3", "0.1", "swapped"),
-            ("2", "-1", "other"),
-            ("0", "-2", "other"),
+            ("25", "-2", "other"),
         )
     ]
     module = make_module(tiny_folder(), auc_by="kind")
