@@ -76,7 +76,8 @@ def run(args: list[str] | None = None) -> None:
             raise
         _refuse(f"{in_short(str(error))}{_remedy(error)}")
     except (RuntimeError, MemoryError) as error:
-        if "allocate memory" not in str(error) and "out of memory" not in str(error).lower():
+        of_torch = "allocate memory" in str(error) or "out of memory" in str(error).lower()
+        if not of_torch and not isinstance(error, MemoryError):
             raise
         if os.environ.get("CLP_LIGHTNING_TRACEBACK"):
             raise

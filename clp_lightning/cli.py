@@ -17,7 +17,7 @@ from . import callbacks, conditioning, data, exact, modules, rewards  # noqa: F4
 from .callbacks import FrontCallback, PredictionsCallback
 from .callbacks.loggers import set_aside
 from .checkpoints import checkpoint_file
-from .mistakes import ShortErrors
+from .mistakes import ShortErrors, refuse_nulls
 
 __all__ = ["CLI", "main"]
 
@@ -46,8 +46,12 @@ class CLI(LightningCLI):
             raise ValueError(f"seed_everything: {error}.") from error
 
     def before_instantiate_classes(self) -> None:
-        """Lets ``--ckpt_path`` name a run folder."""
+        """Refuses nulls where there may be none; lets ``--ckpt_path`` name a run folder."""
         config = self.config.get(self.subcommand, {}) if self.subcommand else {}
+        given: Any = config or self.config
+        said = given.as_dict()
+        refuse_nulls(said.pop("trainer"), Trainer, "trainer")
+        refuse_nulls(said)
         path = config.get("ckpt_path")
         if path is None and self.subcommand in ("validate", "test", "predict"):
             rank_zero_warn(

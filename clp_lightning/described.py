@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -12,6 +13,7 @@ from typing import Any
 __all__ = [
     "Described",
     "check_choice",
+    "check_finite",
     "describe",
     "import_path",
     "load_object",
@@ -73,6 +75,22 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> Any:
     if value not in allowed:
         *first, last = map(repr, allowed)
         raise ValueError(f"{name} must be {', '.join(first)} or {last}; got {value!r}.")
+    return value
+
+
+def check_finite(name: str, value: float) -> float:
+    """``value`` itself, if it is a finite number.
+
+    Raises:
+        ValueError: naming the argument.
+
+    Example:
+        >>> check_finite("penalty", float("inf"))
+        Traceback (most recent call last):
+        ValueError: penalty must be a finite number; got inf.
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number; got {value}.")
     return value
 
 

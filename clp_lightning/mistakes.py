@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, get_args
 
-__all__ = ["ShortErrors", "in_short"]
+__all__ = ["ShortErrors", "in_short", "refuse_nulls"]
 
 _WIDTH = 160
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)':")
@@ -133,12 +133,11 @@ def _complaints(
 
 def _suggestion(option: str, owner: str) -> str:
     """What the class does accept."""
-    module, _, name = owner.rpartition(".")
     try:
-        found = getattr(import_module(module), name)
-        accepted = [p for p in inspect.signature(found).parameters if p not in ("args", "kwargs")]
-    except (ImportError, AttributeError, ValueError, TypeError):
+        signature = inspect.signature(_found(owner))
+    except (ValueError, TypeError):
         return ""
+    accepted = [name for name in signature.parameters if name not in ("args", "kwargs")]
     close = difflib.get_close_matches(option, [*accepted, "class_path", "init_args"], n=1)
     if close:
         return f"; did you mean '{close[0]}'?"
@@ -155,3 +154,74 @@ def _described(value: str) -> str:
         return f"the keys {', '.join(map(str, read))}"
     shown = value if len(value) <= _WIDTH else value[:_WIDTH] + " …"
     return f"{type(read).__name__} {shown}" if not isinstance(read, str) else shown
+
+
+def refuse_nulls(given: Any, owner: Any = None, where: str = "") -> None:
+    """Raises where a config says null and the class that it is for takes none.
+
+    jsonargparse lets every null pass, and the class would stumble over it somewhere.
+
+    Args:
+        given: A parsed config, of dicts and lists.
+        owner: The class whose arguments ``given`` has.
+        where: The way to it.
+
+    Raises:
+        ValueError: names the argument and what it takes.
+
+    Example:
+        >>> refuse_nulls({"seed": 1, "size": None}, lambda seed, size: None)
+        >>> def function(size: int = 3) -> None: ...
+        >>> refuse_nulls({"size": None}, function, "model")
+        Traceback (most recent call last):
+        ...
+        ValueError: model.size is null, but takes int; leave the line out for its default, 3.
+    """
+    if isinstance(given, list):
+        for i, each in enumerate(given):
+            refuse_nulls(each, None, f"{where}.{i}")
+    if not isinstance(given, dict):
+        return
+    if isinstance(path := given.get("class_path"), str):
+        refuse_nulls(given.get("init_args"), _found(path), f"{where}.init_args")
+        return
+    accepted = _parameters(owner)
+    for name, value in given.items():
+        place = f"{where}.{name}" if where else str(name)
+        if value is None and name in accepted and not _takes_none(accepted[name]):
+            kept = accepted[name].default
+            takes = inspect.formatannotation(accepted[name].annotation)
+            remedy = f"leave the line out for its default, {kept!r}"
+            if kept is inspect.Parameter.empty:
+                remedy = "it has no default"
+            raise ValueError(f"{place} is null, but takes {takes}; {remedy}.")
+        refuse_nulls(value, None, place)
+
+
+def _found(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
+def _parameters(owner: Any) -> dict[str, inspect.Parameter]:
+    """With annotations that are types; those of base classes too."""
+    found: dict[str, inspect.Parameter] = {}
+    for each in reversed(inspect.getmro(owner)) if inspect.isclass(owner) else [owner]:
+        try:
+            found |= inspect.signature(each, eval_str=True).parameters
+        except (NameError, ValueError, TypeError):  # written for type checkers only, or built in
+            continue
+    return found
+
+
+def _takes_none(parameter: inspect.Parameter) -> bool:
+    kind = parameter.annotation
+    return (
+        parameter.default is None
+        or kind in (inspect.Parameter.empty, Any, None, type(None), object)
+        or any(each in (None, type(None), Any) for each in get_args(kind))
+        or isinstance(kind, TypeVar)
+    )

@@ -40,8 +40,11 @@ class Grid:
             raise ValueError("Grid.alphas is empty; give at least one KL strength, such as [0.1].")
         if self.weights is not None and not self.weights:
             raise ValueError("Grid.weights is empty; leave it out to use Grid.divisions.")
-        for alpha in self.alphas:
-            check_alpha(alpha)
+        try:
+            for alpha in self.alphas:
+                check_alpha(alpha)
+        except ValueError as error:
+            raise ValueError(f"Grid.alphas: {error}") from None
 
     def preferences(self, names: Sequence[str]) -> Preference:
         """The grid as rows: alpha outside, weights inside.

@@ -89,9 +89,10 @@ class PolicyModule(Described, LightningModule):
         self.weight_decay = float(weight_decay)
         self.warmup_steps = int(warmup_steps)
         self.lr_decay = check_choice("lr_decay", lr_decay, get_args(LRDecay))
-        if not all(rate >= 0 for rate in (self.lr, self.lr_shared, self.warmup_steps)):
+        numbers = (self.lr, self.lr_shared, self.warmup_steps)
+        if not all(0 <= number < float("inf") for number in numbers):
             raise ValueError(
-                f"lr, lr_shared and warmup_steps must be 0 or more; got {self.lr}, "
+                f"lr, lr_shared and warmup_steps must be finite and 0 or more; got {self.lr}, "
                 f"{self.lr_shared} and {self.warmup_steps}."
             )
         if lr_decay != "none" and lr_scheduler is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..conditioning import Conditioner
-from ..described import check_choice, describe, import_path
+from ..described import check_choice, check_finite, describe, import_path
 from ..functional.advantage import has_siblings
 from ..keyed import resolve_seed
 from ..metrics import Grid
@@ -27,7 +27,7 @@ from .critic import Critic
 from .precision import float32_by_default
 from .sharding import shard
 from .signal import KLForm, LearningSignal
-from .statistics import fit_statistics
+from .statistics import check_sizes, fit_statistics
 from .stop import DropLimit, ask_rewards, check_step
 from .sweep import FrontSweep
 from .tally import Tally, count_responses
@@ -155,9 +155,8 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         self.critic = critic
         self.samples_per_prompt = samples_per_prompt
         self.rollout_batches = rollout_batches
-        self.truncation_penalty = truncation_penalty
-        if statistics_prompts and statistics_samples < 1:
-            raise ValueError(f"statistics_samples must be at least 1; got {statistics_samples}.")
+        self.truncation_penalty = check_finite("truncation_penalty", truncation_penalty)
+        check_sizes(statistics_prompts, statistics_samples)
         self.statistics_prompts = statistics_prompts
         self.statistics_samples = statistics_samples
         self.max_kl = max_kl

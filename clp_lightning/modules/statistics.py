@@ -15,7 +15,7 @@ from .stop import ask_rewards, gather, raise_together
 if TYPE_CHECKING:
     from .clp import CLPModule
 
-__all__ = ["fit_statistics"]
+__all__ = ["check_sizes", "fit_statistics"]
 
 # Epochs that no training pass reaches: the draws of statistics and fronts are their own.
 STATISTICS_EPOCH = 2**31
@@ -25,6 +25,15 @@ EVALUATION_EPOCH = 2**31 + 1
 def uniform_preference(rows: int, num_rewards: int) -> Preference:
     """A placeholder for rollouts of the reference, which no preference changes."""
     return Preference(torch.full((rows, num_rewards), 1 / num_rewards), torch.ones(rows))
+
+
+def check_sizes(prompts: int, samples: int) -> None:
+    """Refuses what ``fit_statistics`` cannot be given."""
+    if prompts < 0 or (prompts and samples < 1):
+        raise ValueError(
+            "statistics_prompts must be 0 (leaves the rewards as they are) or more and "
+            f"statistics_samples must be at least 1; got {prompts} and {samples}."
+        )
 
 
 def fit_statistics(module: CLPModule, prompts: int, samples: int) -> None:
@@ -52,7 +61,10 @@ def fit_statistics(module: CLPModule, prompts: int, samples: int) -> None:
             dropped += int((~scores.kept).sum())
     raise_together(module)
     if not found:
-        raise ValueError("There is no prompt to measure the rewards' statistics on.")
+        raise ValueError(
+            "There is no prompt to measure the rewards' statistics on: give the data set more "
+            "rows, a smaller holdout, or set statistics_prompts=0."
+        )
     parts = gather(module.trainer, (found, dropped))
     keys, raw = map(torch.cat, zip(*(pair for part in parts for pair in part[0]), strict=True))
     lost, sampled = sum(part[1] for part in parts), len(raw)

@@ -146,8 +146,9 @@ def test_decay_needs_an_end(base: Pretrained, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -1e-3}, "must be 0 or more; got -0.001"),
-        ({"lr_shared": -1.0}, "must be 0 or more"),
+        ({"lr": -1e-3}, "must be finite and 0 or more; got -0.001"),
+        ({"lr_shared": -1.0}, "must be finite and 0 or more"),
+        ({"lr": math.inf}, "must be finite and 0 or more; got inf"),
         (
             {"lr_decay": "linear", "lr_scheduler": torch.optim.lr_scheduler.ConstantLR},
             "leave one out",
@@ -286,6 +287,8 @@ def test_alpha_is_annealed_over_the_run(base: Pretrained, tmp_path: Path) -> Non
         ({"on_reward_error": "skip"}, "on_error is 'raise' or 'drop', not 'skip'"),
         ({"eval_samples": 0}, "eval_samples must be at least 1"),
         ({"statistics_samples": 0}, "statistics_samples must be at least 1"),
+        ({"statistics_prompts": -1}, "statistics_prompts must be 0"),
+        ({"truncation_penalty": math.inf}, "truncation_penalty must be a finite number; got inf"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(
