@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from importlib import import_module
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -195,7 +195,13 @@ def refuse_nulls(given: Any, owner: Any = None, where: str = "") -> None:
             if kept is inspect.Parameter.empty:
                 remedy = "it has no default"
             raise ValueError(f"{place} is null, but takes {takes}; {remedy}.")
-        refuse_nulls(value, None, place)
+        refuse_nulls(value, _dataclass_of(accepted.get(name)), place)
+
+
+def _dataclass_of(parameter: inspect.Parameter | None) -> Any:
+    """Whose fields a config gives without a class_path."""
+    kind = None if parameter is None else parameter.annotation
+    return next((each for each in (kind, *get_args(kind)) if is_dataclass(each)), None)
 
 
 def _found(path: str) -> Any:

@@ -123,8 +123,8 @@ class RewardBank(nn.Module):
         self.statistics = self._by_name("statistics", statistics or {})
         floors = std_floor if isinstance(std_floor, Mapping) else dict.fromkeys(rewards, std_floor)
         self.std_floor = dict.fromkeys(self.names, 1e-3) | self._by_name("std_floor", floors)
-        if min(self.std_floor.values()) <= 0:
-            raise ValueError(f"std_floor must be above 0; got {self.std_floor}.")
+        if not all(0 < floor < math.inf for floor in self.std_floor.values()):
+            raise ValueError(f"std_floor must be above 0 and finite; got {self.std_floor}.")
         for name, (mean, std) in self.statistics.items():
             if not (math.isfinite(mean) and 0 < std < math.inf):
                 raise ValueError(f"statistics of '{name}' must be a mean and a deviation above 0.")

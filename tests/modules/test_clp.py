@@ -283,6 +283,7 @@ def test_alpha_is_annealed_over_the_run(base: Pretrained, tmp_path: Path) -> Non
         ({"rewards": {"kind": 3}}, "Reward 'kind' is a int"),
         ({"std_floor": {"kin": 1.0}}, r"std_floor names \['kin'\]; the rewards are"),
         ({"std_floor": 0.0}, "std_floor must be above 0"),
+        ({"std_floor": {"kind": math.nan}}, "std_floor must be above 0 and finite"),
         ({"reference_point": [0.0]}, "reference_point needs one number for each"),
         ({"on_reward_error": "skip"}, "on_error is 'raise' or 'drop', not 'skip'"),
         ({"eval_samples": 0}, "eval_samples must be at least 1"),
