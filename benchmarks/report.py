@@ -145,7 +145,8 @@ def run(name: str) -> None:
     if done.returncode not in (0, 1) or "Traceback" in done.stderr:
         raise RuntimeError(f"{name} failed:\n{done.stderr}")
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / f"{name}.txt").write_text(done.stdout)
+    where = f"{date.today().isoformat()}, {machine()}"
+    (OUT / f"{name}.txt").write_text(f"{where}\n{done.stdout}")
 
 
 def write() -> None:
@@ -166,7 +167,6 @@ def write() -> None:
         sections,
         scaling_plot=plot if (HERE / "scaling.png").exists() else "",
         targets=markdown_table(["what", "target", "measured", "met", "command"], rows),
-        machine=machine(),
         versions=", ".join(f"{name} {version(name)}" for name in libraries),
         date=_dates(),
     )
