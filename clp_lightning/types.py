@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -214,6 +215,30 @@ class Rollout:
         """Response tokens that count, shape (B,)."""
         return self.response_mask.sum(-1)
 
+    @classmethod
+    def cat(
+        cls, parts: Sequence[Rollout], *, pad_id: int, pad_prompts: Literal["left", "right"]
+    ) -> Rollout:
+        """The responses of several rollouts, one after the other, groups numbered on.
+
+        Args:
+            parts: Rollouts of the same kind; all or none with ``logp`` and the like.
+            pad_id: Stands where no token is.
+            pad_prompts: The side on which shorter prompts are filled up.
+        """
+        joined: dict[str, Any] = {}
+        for f in fields(cls):
+            values = [getattr(part, f.name) for part in parts]
+            if f.name == "groups":
+                sizes = [0, *(int(groups.max()) + 1 if len(groups) else 0 for groups in values)]
+                firsts = list(accumulate(sizes))
+                values = [groups + first for groups, first in zip(values, firsts, strict=False)]
+            elif f.name.endswith(("_ids", "_mask", "logp")) and f.name != "prompt_ids":
+                side = "right" if f.name.startswith(("response", "logp")) else pad_prompts
+                values = _as_wide(values, pad_id if f.name.endswith("_ids") else 0, side)
+            joined[f.name] = _joined(values)
+        return cls(**joined)
+
     def select(self, rows: Tensor) -> Rollout:
         """The responses at ``rows`` (a 1-d index or a mask), groups numbered anew."""
         index = rows.nonzero().squeeze(-1) if rows.dtype == torch.bool else rows
@@ -232,3 +257,26 @@ class Rollout:
                 picked[f.name] = value
         picked["groups"] = picked["groups"].unique(return_inverse=True)[1]
         return Rollout(**picked)
+
+
+def _joined(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat(values)
+    if isinstance(first, Preference):
+        return Preference.cat(values)
+    if isinstance(first, Mapping):
+        return {name: _joined([value[name] for value in values]) for name in first}
+    return None if first is None else [item for value in values for item in value]
+
+
+def _as_wide(values: list[Any], fill: int, side: str) -> list[Any]:
+    """Tensors of shape (B, W), filled up to the widest; None stays None."""
+    if values[0] is None:
+        return values
+    width = max(value.shape[1] for value in values)
+    wide = []
+    for value in values:
+        gap = value.new_full((len(value), width - value.shape[1]), fill)
+        wide.append(torch.cat([gap, value] if side == "left" else [value, gap], 1))
+    return wide

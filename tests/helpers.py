@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clp_lightning import LoRA, Policy, Preference, Pretrained, PromptBatch
+from clp_lightning import LoRA, Policy, Preference, Pretrained, PromptBatch, Rollout
 from clp_lightning.conditioning import Conditioner
 
 NAMES = ["kind", "short"]
@@ -39,3 +40,16 @@ def prompt_batch(prompts: list[Any], preference: Preference | None = None) -> Pr
         share = torch.linspace(0.1, 0.8, len(prompts))
         preference = Preference(torch.stack([share, 1 - share], 1), share / 2)
     return PromptBatch(prompts, torch.arange(len(prompts)), preference=preference)
+
+
+def assert_alike(found: Rollout, expected: Rollout) -> None:
+    """Every field is the same; numbers to rounding."""
+    for f in fields(Rollout):
+        one, other = getattr(found, f.name), getattr(expected, f.name)
+        if isinstance(one, Preference):
+            assert one.alpha.equal(other.alpha)
+            one, other = one.weights, other.weights
+        if isinstance(one, torch.Tensor):
+            torch.testing.assert_close(one, other, msg=lambda text, f=f: f"{f.name}: {text}")
+        else:
+            assert one == other, f.name

@@ -43,17 +43,23 @@ class FailsOnOne(Reward):
 
 # Two calls on each process for the statistics, two for the first step, and then a front.
 @pytest.mark.parametrize(
-    ("how", "after", "message"),
+    ("how", "after", "chunks", "message"),
     [
-        ("raises", 0, "raised ConnectionError: nobody there"),
-        ("hangs", 2, "did not answer within 2 s"),
-        ("returns NaN", 2, "returned nan"),
-        ("raises", 4, "raised ConnectionError: nobody there"),
+        ("raises", 0, 1, "raised ConnectionError: nobody there"),
+        ("hangs", 2, 1, "did not answer within 2 s"),
+        ("returns NaN", 2, 1, "returned nan"),
+        ("raises", 4, 1, "raised ConnectionError: nobody there"),
+        ("raises", 3, 2, "raised ConnectionError: nobody there"),  # the second half of a batch
     ],
-    ids=["statistics", "training, hangs", "training, NaN", "front"],
+    ids=["statistics", "training, hangs", "training, NaN", "front", "chunk"],
 )
 def test_a_reward_that_fails_on_one_process_ends_both(
-    how: str, after: int, message: str, tiny_folder: Callable[..., Path], tmp_path: Path
+    how: str,
+    after: int,
+    chunks: int,
+    message: str,
+    tiny_folder: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     config = run_config(tmp_path, tiny_folder(), max_steps=4, val_check_interval=2)
     config["model"]["init_args"] |= {
@@ -65,6 +71,7 @@ def test_a_reward_that_fails_on_one_process_ends_both(
             },
         },
         "reward_timeout": 2.0,
+        "rollout_chunks": chunks,
     }
     path = write_config(tmp_path / "config.yaml", config)
     # 30 s for the end; on a busy machine the start takes as long.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import RLock
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 __all__ = ["linear", "product"]
 
 _WORTH = 2**20  # multiplications; a smaller product takes less time than a Python function does
+_SWITCH = RLock()  # two threads that throw it at once could leave it thrown
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -78,12 +80,13 @@ def _helps() -> bool:
 
 @contextmanager
 def _onednn() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with _SWITCH:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -18,9 +18,11 @@ from ..metrics import Grid
 from ..policy import Encoding, Engine, Policy, Sampling, TransformersEngine
 from ..pretrained import Pretrained
 from ..rewards import Reward, RewardBank, RewardError, Scores
+from ..rewards.asked import Asked
 from ..rewards.base import Unavailable
 from ..rewards.faults import OnError
 from ..types import PromptBatch, Rollout
+from .ahead import Sampled, check_sampling, sample
 from .base import LRDecay, PolicyModule
 from .cost import Cost
 from .critic import Critic
@@ -53,6 +55,9 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         max_new_tokens: Limit of a response, in tokens.
         temperature: Sampling temperature of policy and reference alike.
         rollout_batches: Training batches whose responses are sampled at once.
+        rollout_chunks: Parts in which they are sampled instead. With 2 or more, rewards score one
+            in the background while the next is sampled: the same responses, sampled in smaller
+            batches. Pays where rewards wait, for a server or another process.
         max_prompt_tokens: Limit of a prompt, in tokens.
         on_long: What happens to a prompt over the limit.
         chat_template_kwargs: Passed to the model's chat template.
@@ -70,7 +75,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         on_reward_error: Stop at a reward that fails on a sample, or drop the sample and count it.
         reward_retries: How often a failing reward is asked again before that, after 1, 2, 4, ...
             seconds.
-        reward_timeout: Seconds that a reward may take for one batch; no limit if None.
+        reward_timeout: Seconds that a call of a reward may take; no limit if None.
         max_dropped: Share of the responses of ten steps that may be dropped before the run stops.
         lr: Learning rate of the copies.
         lr_shared: Learning rate of the shared part; ``lr`` if None.
@@ -102,6 +107,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         rollout_batches: int = 1,
+        rollout_chunks: int = 1,
         max_prompt_tokens: int = 512,
         on_long: Literal["truncate", "error"] = "truncate",
         chat_template_kwargs: dict[str, Any] | None = None,
@@ -146,8 +152,9 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
                 "leave-one-out baseline of a response is the mean of its siblings; a single "
                 "response needs a critic: critic=Critic()."
             )
-        if rollout_batches < 1:
-            raise ValueError(f"rollout_batches must be at least 1; got {rollout_batches}.")
+        for name, number in [("batches", rollout_batches), ("chunks", rollout_chunks)]:
+            if number < 1:
+                raise ValueError(f"rollout_{name} must be at least 1; got {number}.")
         self.rewards = bank
         self.drop_limit = DropLimit(max_dropped)
         self.failure: RewardError | None = None  # of this rank, not yet told to the others
@@ -155,6 +162,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         self.critic = critic
         self.samples_per_prompt = samples_per_prompt
         self.rollout_batches = rollout_batches
+        self.rollout_chunks = rollout_chunks
         self.truncation_penalty = check_finite("truncation_penalty", truncation_penalty)
         check_sizes(statistics_prompts, statistics_samples)
         self.statistics_prompts = statistics_prompts
@@ -167,7 +175,8 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         self.tally = Tally()
         self.step_report: dict[str, float] = {}
         self.cost = Cost()
-        self._generated: Rollout | None = None
+        self.asked: list[Asked] = []  # about the newest rollout, ahead of `score`
+        self._sampled: Sampled | None = None
 
     # -- building ---------------------------------------------------------------------------
 
@@ -175,17 +184,8 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "column_names"):
             self.rewards.check_columns(data.column_names)
-        if stage == "fit" and not self.engine.on_policy:
-            raise ValueError(
-                f"{type(self.engine).__name__} samples from a mixture, not from the policy that is "
-                "trained; use it with validate, test and predict, and TransformersEngine in fit."
-            )
-        if stage == "fit" and self.trainer.accumulate_grad_batches % self.rollout_batches:
-            raise ValueError(
-                f"rollout_batches={self.rollout_batches} must divide accumulate_grad_batches="
-                f"{self.trainer.accumulate_grad_batches}: otherwise a response would be trained "
-                "on after the policy that sampled it has moved."
-            )
+        if stage == "fit":
+            check_sampling(self)
 
     def configure_model(self) -> None:
         if self.critic is not None and self.critic.is_built and not self.policy.is_built:
@@ -200,7 +200,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         shard(self, *([] if self.critic is None else [self.critic]))
 
     def on_fit_start(self) -> None:
-        self.tally, self._generated = Tally(), None  # nothing is left of a run that was stopped
+        self.tally, self._sampled, self.asked = Tally(), None, []  # nothing is left of an old run
         self.drop_limit = DropLimit(self.drop_limit.share)
         self.cost.start()
         fit_statistics(self, self.statistics_prompts, self.statistics_samples)
@@ -229,16 +229,16 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
 
     def rollout(self, batch: PromptBatch) -> Rollout:
         """Responses to this step's slice of the batch; sampled with the first slice."""
-        if batch.part == 0 or self._generated is None:
-            self._generated = self.generate(batch)
-        if batch.parts == 1:
-            return self._generated
-        size = (batch.nominal_size or len(batch) // batch.parts) * self.samples_per_prompt
-        start = batch.part * size
-        return self._generated.select(torch.arange(start, min(start + size, len(self._generated))))
+        if batch.part == 0 or self._sampled is None:
+            self._sampled = sample(self, batch)
+        rollout, self.asked = self._sampled.slice(batch, self.samples_per_prompt)
+        return rollout
 
     def generate(self, batch: PromptBatch) -> Rollout:
-        """Samples ``samples_per_prompt`` responses to every prompt under its preference."""
+        """Samples ``samples_per_prompt`` responses to every prompt under its preference.
+
+        With several ``rollout_chunks`` it is asked for some of a batch's prompts at a time.
+        """
         before = self.policy.encoding.truncated
         rollout = self.engine.generate(self.policy, batch, self.samples_per_prompt, self.sampling)
         self.tally.count("truncated_prompts", self.policy.encoding.truncated - before)

@@ -67,12 +67,15 @@ class DropLimit:
 
 
 def ask_rewards(module: CLPModule, rollout: Rollout) -> Scores:
-    """The scores of ``rollout``.
+    """The scores of ``rollout``: what was asked about it ahead of time, or asked now.
 
     With several ranks, what a reward raises becomes ``module.failure`` and scores of nothing, for
     the next ``raise_together`` to tell the others.
     """
+    asked, module.asked = module.asked, []
     try:
+        if asked and module.rewards.are_about(asked, rollout):
+            return module.rewards.answers(asked)
         scores: Scores = module.rewards(rollout, trainer_state=module.trainer_state())
     except RewardError as error:
         if module.trainer.world_size == 1:
@@ -109,9 +112,9 @@ def check_step(module: CLPModule, step: dict[str, float]) -> None:
         RewardError: a reward failed, or more were dropped than allowed.
         TrainingDiverged: the loss or the KL.
     """
-    if step.pop("failed"):
+    if step.pop("failed", 0.0):
         raise_together(module)
-    if lost := module.drop_limit.add(step["dropped"], step["responses"]):
+    if lost := module.drop_limit.add(step.get("dropped", 0.0), step["responses"]):
         raise module.drop_limit.error(module, f"Step {module.global_step}: {lost}")
     where = module.last_checkpoint()
     remedy = f"The last good checkpoint is {where}." if where else "No checkpoint was written."

@@ -100,7 +100,7 @@ class _Rehearsal:
             if "foreach" in group:
                 group["foreach"] = load.foreach
         self._take_stock()
-        batch = load.prompts * module.rollout_batches
+        batch = -(-load.prompts * module.rollout_batches // module.rollout_chunks)
         rows = max(1, module.eval_rows // module.eval_samples)
         with self.ledger, fused_attention():
             self._first_update(optimizer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ..described import settings
 from ..types import Rollout
+from .asked import Asked, joined_extra, mean_metrics, same_samples
 from .base import Function, Reward
 from .calling import Problem, Samples
 from .faults import FaultPolicy, OnError
@@ -179,32 +179,53 @@ class RewardBank(nn.Module):
         Raises:
             RewardError: naming reward, prompt and completion; unless ``on_error`` is ``drop``.
         """
-        samples = _samples(rollout)
-        extra: dict[str, list[Any]] = {}
-        metrics: dict[str, list[float]] = defaultdict(list)
-        context = {
-            "trainer_state": trainer_state or SimpleNamespace(global_step=0, max_steps=0, epoch=0),
-            "log_extra": lambda column, values: extra.update({column: list(values)}),
-            "log_metric": lambda name, value: metrics[name].append(float(value)),
+        return self.answers([self.ask(rollout, trainer_state)])
+
+    def ask(self, rollout: Rollout, trainer_state: Any = None) -> Asked:
+        """Calls every reward; ``answers`` says what came of it.
+
+        Coroutines go on in the background, side by side. What fails is told by ``answers``.
+        """
+        asked = Asked(_samples(rollout))
+        state = trainer_state or SimpleNamespace(global_step=0, max_steps=0, epoch=0)
+        asked.context = {
+            "trainer_state": state,
+            "log_extra": lambda column, values: asked.extra.update({column: list(values)}),
+            "log_metric": lambda name, value: asked.metrics[name].append(float(value)),
         }
         for reward in self.rewards.values():
             reward.place(self.mean.device)
-        # All are started before the first is waited for, so asynchronous ones run side by side.
-        calls = [self.faults.call(reward, samples, context) for reward in self.rewards.values()]
+        for reward in self.rewards.values():
+            asked.calls.append(self.faults.call(reward, asked.samples, asked.context))
+        return asked
+
+    def answers(self, asked: Sequence[Asked]) -> Scores:
+        """Raw scores of all that was ``asked``, in its order; everything else as of one call.
+
+        Raises:
+            RewardError: as ``forward``.
+        """
         columns: list[list[float | None]] = []
-        for (name, reward), call in zip(self.rewards.items(), calls, strict=True):
-            try:
-                columns.append([*call.scores()])
-            except Problem as problem:
-                self.problems[name] = str(problem)
-                columns.append(self.faults.recover(name, reward, problem, samples, context))
+        for k, (name, reward) in enumerate(self.rewards.items()):
+            columns.append([])
+            for part in asked:
+                try:
+                    columns[k] += part.calls[k].scores()
+                except Problem as problem:
+                    self.problems[name] = str(problem)
+                    given = part.samples, part.context
+                    columns[k] += self.faults.recover(name, reward, problem, *given)
         kept = [None not in scores for scores in zip(*columns, strict=True)]
-        self.metrics = {name: sum(values) / len(values) for name, values in metrics.items()}
-        self.extra = extra
+        self.metrics, self.extra = mean_metrics(asked), joined_extra(asked)
         self.dropped += kept.count(False)
         numbers = [[math.nan if score is None else score for score in row] for row in columns]
         raw = torch.tensor(numbers, dtype=torch.float32).T
         return Scores(raw.to(self.mean.device), torch.tensor(kept, device=self.mean.device))
+
+    @staticmethod
+    def are_about(asked: Sequence[Asked], rollout: Rollout) -> bool:
+        """Whether ``asked`` is what the rewards would now be asked about ``rollout``."""
+        return same_samples(asked, _samples(rollout))
 
     @torch.no_grad()
     def fit(self, raw: Tensor) -> None:

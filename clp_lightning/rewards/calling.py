@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import cache
@@ -17,10 +18,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["Call", "Late", "Problem", "Samples", "start"]
+__all__ = ["Call", "Late", "Problem", "Samples", "in_thread", "same", "start"]
 
 Samples = dict[str, list[Any]]
 """Keyword arguments of a reward that are lists with one entry per response."""
+_DEVICES = ("cpu", "cuda")  # which autocast knows
 
 
 class Problem(Exception):
@@ -63,7 +65,7 @@ class Call:
         except Exception as error:
             raise Problem(f"raised {type(error).__name__}: {error}{self._hint(error)}") from error
         for name, values in self.given.items():
-            if not _same(self.copy[name], values):
+            if not same(self.copy[name], values):
                 raise Problem(f"changed the list '{name}' that it was given; let it copy first")
         if hasattr(returned, "tolist"):
             returned = returned.tolist()
@@ -113,7 +115,7 @@ def start(
         if timeout is None:
             returned = function(**copy, **context)
         else:
-            returned = _result(_in_thread(lambda: function(**copy, **context)), begun, timeout)
+            returned = _result(in_thread(lambda: function(**copy, **context)), begun, timeout)
     except Exception as error:
         return Call(samples, copy, _raiser(error))
     if inspect.isawaitable(returned):
@@ -136,8 +138,8 @@ def _result(future: Future[Any], begun: float, timeout: float | None) -> Any:
     return future.result()
 
 
-def _in_thread(call: Callable[[], Any]) -> Future[Any]:
-    """``call()`` in a thread of its own, with the caller's device and gradient mode.
+def in_thread(call: Callable[[], Any]) -> Future[Any]:
+    """``call()`` in a thread of its own, with the caller's device, gradient mode and autocast.
 
     A daemon: one that hangs must not keep the process alive, as those of a pool would.
     """
@@ -145,12 +147,15 @@ def _in_thread(call: Callable[[], Any]) -> Future[Any]:
     future.set_running_or_notify_cancel()  # one that is late settles all the same, heard by nobody
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     with_gradient = torch.is_grad_enabled()
+    casts = {t: torch.get_autocast_dtype(t) for t in _DEVICES if torch.is_autocast_enabled(t)}
 
     def run() -> None:
         try:
             if device is not None:
                 torch.cuda.set_device(device)
-            with torch.set_grad_enabled(with_gradient):
+            with torch.set_grad_enabled(with_gradient), ExitStack() as scopes:
+                for kind, dtype in casts.items():
+                    scopes.enter_context(torch.autocast(kind, dtype))
                 result = call()
         except BaseException as error:  # the caller's to handle, be it SystemExit
             future.set_exception(error)
@@ -215,14 +220,14 @@ def _copy(value: Any) -> Any:
     return value
 
 
-def _same(copy: Any, value: Any) -> bool:
+def same(copy: Any, value: Any) -> bool:
     """Whether ``_copy(value)`` still holds what ``value`` holds."""
     if isinstance(value, list):
         same_length = isinstance(copy, list) and len(copy) == len(value)
         return same_length and all(
-            one is other or _same(one, other) for one, other in zip(copy, value, strict=True)
+            one is other or same(one, other) for one, other in zip(copy, value, strict=True)
         )
     if isinstance(value, dict):
         same_keys = isinstance(copy, dict) and copy.keys() == value.keys()
-        return same_keys and all(_same(copy[key], value[key]) for key in value)
+        return same_keys and all(same(copy[key], value[key]) for key in value)
     return copy is value

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
 
 from ..described import Described
 from ..sources import cache_folder
@@ -47,7 +48,7 @@ class Endpoint(Described):
         timeout: Seconds of silence after which an attempt is given up.
         max_retries: Further attempts after a timeout, a lost connection or the statuses 408, 409,
             429 and 5xx, with growing pauses or as the server asks.
-        concurrency: Requests at once, in each process.
+        concurrency: Requests at once, in each process; those of several calls together.
         cache: Folder of the answers; ``judge`` in the library's cache folder if None.
 
     Raises:
@@ -147,7 +148,7 @@ class Endpoint(Described):
     ) -> tuple[list[T | NoAnswer], Exception | None]:
         """The answers, and what makes all others pointless."""
         key = self._key()
-        slots = asyncio.Semaphore(self.concurrency)
+        slots = _slots(self)
         fatal: list[Exception] = []
 
         async def answer(client: Any, question: str) -> T | NoAnswer:
@@ -289,6 +290,18 @@ class Endpoint(Described):
         ) as file:
             json.dump({"model": self.model, "answer": text}, file)
         os.replace(file.name, path)
+
+
+# Event loop and semaphore of an endpoint; not its attributes, because it may be copied.
+_SLOTS: WeakKeyDictionary[Endpoint, tuple[Any, asyncio.Semaphore]] = WeakKeyDictionary()
+
+
+def _slots(endpoint: Endpoint) -> asyncio.Semaphore:
+    """Of all calls in the running event loop."""
+    running = asyncio.get_running_loop()
+    if endpoint not in _SLOTS or _SLOTS[endpoint][0] is not running:
+        _SLOTS[endpoint] = running, asyncio.Semaphore(endpoint.concurrency)
+    return _SLOTS[endpoint][1]
 
 
 def _openai() -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from clp_lightning.functional import linear
-from clp_lightning.functional.linear import _helps, _pays, _Product
+from clp_lightning.functional.linear import _helps, _onednn, _pays, _Product
 
 
 def tensors(rows: tuple[int, ...], bias: bool) -> list[Tensor | None]:
@@ -60,3 +62,22 @@ def test_other_types_take_torch_s_way() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert not _pays(x, weight, None)
         assert linear(x, weight).dtype == torch.bfloat16
+
+
+def test_two_threads_leave_the_switch_as_it_was() -> None:
+    before = torch.get_float32_matmul_precision()
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with _onednn():
+            inside.set()
+            leave.wait(20)
+
+    thread = threading.Thread(target=other)
+    with _onednn():
+        assert torch.get_float32_matmul_precision() == "medium" != before
+        thread.start()
+        inside.wait(0.2)  # it must not get in here, or it would take "medium" for what was before
+    leave.set()
+    thread.join(20)
+    assert inside.is_set() and torch.get_float32_matmul_precision() == before

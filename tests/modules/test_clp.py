@@ -275,6 +275,7 @@ def test_alpha_is_annealed_over_the_run(base: Pretrained, tmp_path: Path) -> Non
     [
         ({"samples_per_prompt": 1}, "samples_per_prompt is 1; .* at least 2"),
         ({"rollout_batches": 0}, "rollout_batches must be at least 1; got 0"),
+        ({"rollout_chunks": 0}, "rollout_chunks must be at least 1; got 0"),
         ({"max_prompt_tokens": 0}, "max_prompt_tokens must be at least 1"),
         ({"temperature": 0.0}, "temperature"),
         ({"max_new_tokens": 0}, "max_new_tokens"),

@@ -82,6 +82,14 @@ def test_the_parts_of_a_step(tiny_folder: Callable[..., Path], checkpointing: bo
     assert phases["sampling"]["KV cache"] == cache
 
 
+def test_sampling_in_chunks_needs_less_cache(tiny_folder: Callable[..., Path]) -> None:
+    def cache(**options: object) -> int:
+        module = make_module(tiny_folder(), max_new_tokens=NEW, rollout_batches=2, **options)
+        return rehearse(module, Load(PROMPTS, LENGTH))["sampling"]["KV cache"]
+
+    assert cache(rollout_chunks=2) == cache() / 2
+
+
 def test_a_longer_step_takes_more_and_checkpointing_less(tiny_folder: Callable[..., Path]) -> None:
     def activations(length: int, **options: object) -> int:
         module = make_module(tiny_folder(), conditioner=LoRA(rank=2), **options)

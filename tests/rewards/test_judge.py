@@ -139,6 +139,21 @@ def test_no_more_requests_at_once_than_allowed(limit: int, make: Callable[..., J
         assert server.most == limit
 
 
+def test_calls_at_the_same_time_share_the_limit(make: Callable[..., Judge]) -> None:
+    there = threading.Barrier(2)
+
+    def together(question: str, times: int) -> Reply:
+        there.wait(timeout=20)
+        return Reply(text="Score: 2", delay=0.05)
+
+    with serving(together) as server:
+        bank = RewardBank({"judge": make(server, concurrency=2, timeout=30.0)})
+        asked = [bank.ask(rollout([text, f"{text} {text}"])) for text in "abc"]
+        assert bank.answers(asked).raw.tolist() == [[2.0]] * 6
+        assert len(server.questions) == 6
+        assert server.most == 2
+
+
 def test_equal_questions_are_put_once(make: Callable[..., Judge]) -> None:
     with serving(by_length) as server:
         raw = RewardBank({"judge": make(server)})(rollout(["a b", "a", "a b"], ["why?"] * 3)).raw

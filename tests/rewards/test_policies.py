@@ -143,12 +143,14 @@ def test_within_the_limit_all_is_as_without_it() -> None:
 
     def strict(completions: list[str], **_: Any) -> list[float]:
         assert not torch.is_grad_enabled()
+        assert torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
+        assert torch.get_autocast_dtype("cpu") == torch.float16
         return length(completions)
 
     def timed_out(**_: Any) -> list[float]:
         raise TimeoutError("its own")
 
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
         bank = RewardBank({"sync": strict, "async": soon}, timeout=30.0)
         assert bank(rollout(["a", "bb"])).raw.tolist() == [[1, 1], [2, 2]]
     with pytest.raises(RewardError, match="raised TimeoutError: its own"):
