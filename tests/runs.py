@@ -77,6 +77,7 @@ class Recorder(TransformersEngine):
     """
 
     def __init__(self, path: str) -> None:
+        super().__init__()
         self.path = path
 
     def generate(self, policy: Policy, batch: PromptBatch, n: int, sampling: Sampling) -> Rollout:

@@ -304,6 +304,7 @@ class Counts(TransformersEngine):
     """Notes how many responses are sampled at once."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.rows: list[int] = []
 
     def generate(self, policy: Policy, batch: PromptBatch, n: int, sampling: Sampling) -> Rollout:
