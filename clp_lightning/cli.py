@@ -17,6 +17,7 @@ from . import callbacks, conditioning, data, exact, modules, rewards  # noqa: F4
 from .callbacks import FrontCallback, PredictionsCallback
 from .callbacks.loggers import set_aside
 from .checkpoints import checkpoint_file
+from .keys import refuse_repeated_keys
 from .mistakes import ShortErrors, refuse_nulls
 
 __all__ = ["CLI", "main"]
@@ -100,6 +101,7 @@ def main(args: Sequence[str] | None = None, run: bool = True) -> CLI:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisements)
+    refuse_repeated_keys()
     return CLI(
         LightningModule,
         LightningDataModule,

@@ -1,0 +1,66 @@
+"""Configs in which a key stands twice are refused: YAML takes the last one and drops the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader, set_loader
+
+__all__ = ["check_keys", "refuse_repeated_keys"]
+
+
+def refuse_repeated_keys() -> None:
+    """Has jsonargparse read no config in which a key stands twice; a second call does nothing."""
+    if get_loader("yaml") is not _load:
+        set_loader("yaml", _load, (yaml.YAMLError,))
+
+
+_read = get_loader("yaml")
+
+
+def _load(text: str) -> Any:
+    check_keys(text)
+    return _read(text)
+
+
+def check_keys(text: str) -> None:
+    """Refuses YAML with a mapping that has a key twice.
+
+    Args:
+        text: The YAML.
+
+    Raises:
+        yaml.YAMLError: names the key, the way to it and both lines; or the text is no YAML.
+
+    Example:
+        >>> check_keys("model: {lr: 1}")
+        >>> check_keys("model: {lr: 1, lr: 2}")
+        Traceback (most recent call last):
+        yaml.error.YAMLError: model.lr stands twice, in lines 1 and 1; remove one.
+    """
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    waiting = [] if root is None else [("", root)]
+    seen: set[int] = set()  # an alias is the node that it names
+    while waiting:
+        where, node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(f"{where}.{i}", each) for i, each in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            path = f"{where}.{key.value}".lstrip(".")
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                first = lines[key.value]
+                raise yaml.YAMLError(
+                    f"{path} stands twice, in lines {first} and {line}; remove one."
+                )
+            lines[key.value] = line
+            waiting.append((path, value))

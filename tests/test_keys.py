@@ -1,0 +1,46 @@
+"""A key that stands twice in a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clp_lightning.cli import main
+from clp_lightning.keys import check_keys
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "3", "a: 1", "[{a: 1}, {a: 2}]", "a: &x {b: 1}\nc: *x\nd: {<<: *x, e: 2}", "? [a]\n: 1"],
+)
+def test_other_yaml_is_left_alone(text: str) -> None:
+    check_keys(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 1\n", "a stands twice, in lines 1 and 3"),
+        ("a:\n- {b: 1}\n- b: 1\n  b: 2\n", r"a\.1\.b stands twice, in lines 3 and 4"),
+        ("a: {b: 1}\nb: 1\na: 2\n", "a stands twice, in lines 1 and 3"),
+    ],
+)
+def test_a_repeated_key_is_named(text: str, message: str) -> None:
+    with pytest.raises(yaml.YAMLError, match=message):
+        check_keys(text)
+
+
+def test_a_config_with_a_repeated_key_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    text = Path("configs/exact/full.yaml").read_text()
+    config.write_text(text.replace("  max_steps: 2000\n", "  max_steps: 2000\n  max_steps: 20\n"))
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(config)])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "trainer.max_steps stands twice, in lines 8 and 9; remove one" in error
+    assert "Traceback" not in error and len(error.splitlines()) <= 4
