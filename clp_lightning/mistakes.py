@@ -11,7 +11,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, is_dataclass
 from importlib import import_module
-from typing import Any, NoReturn, TypeVar, get_args
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 __all__ = ["ShortErrors", "in_short", "refuse_nulls"]
 
@@ -200,8 +210,17 @@ def refuse_nulls(given: Any, owner: Any = None, where: str = "") -> None:
 
 def _dataclass_of(parameter: inspect.Parameter | None) -> Any:
     """Whose fields a config gives without a class_path."""
-    kind = None if parameter is None else parameter.annotation
-    return next((each for each in (kind, *get_args(kind)) if is_dataclass(each)), None)
+    kinds = [] if parameter is None else _alternatives(parameter.annotation)
+    return next((kind for kind in kinds if is_dataclass(kind)), None)
+
+
+def _alternatives(kind: Any) -> list[Any]:
+    """The members of a union; of another type itself."""
+    if get_origin(kind) is Annotated:
+        return _alternatives(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [each for member in get_args(kind) for each in _alternatives(member)]
+    return [*get_args(kind)] if get_origin(kind) is Literal else [kind]
 
 
 def _found(path: str) -> Any:
@@ -224,10 +243,7 @@ def _parameters(owner: Any) -> dict[str, inspect.Parameter]:
 
 
 def _takes_none(parameter: inspect.Parameter) -> bool:
-    kind = parameter.annotation
-    return (
-        parameter.default is None
-        or kind in (inspect.Parameter.empty, Any, None, type(None), object)
-        or any(each in (None, type(None), Any) for each in get_args(kind))
-        or isinstance(kind, TypeVar)
+    free = (inspect.Parameter.empty, Any, None, type(None), object)
+    return parameter.default is None or any(
+        kind in free or isinstance(kind, TypeVar) for kind in _alternatives(parameter.annotation)
     )

@@ -201,7 +201,7 @@ def _mutated(
             or not isinstance(key, str)
         ):
             return None
-        return _duplicated(config, path), marks
+        return _duplicated(config, path), [f"{key} stands twice"]  # the first of that name
     return yaml.safe_dump(config, sort_keys=False), marks
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
@@ -77,6 +78,28 @@ def test_null_is_refused_where_a_class_takes_none(
         return
     with pytest.raises(ValueError, match=message):
         refuse_nulls(config)
+
+
+@dataclass
+class Sized:
+    size: int = 3
+
+
+def holds(
+    one: Annotated[int | None, "a note"] = 3,
+    sized: dict[str, Sized] | None = None,
+    mode: Literal["a", None] = "a",
+    free: dict[str, Any] | int = 3,
+    alone: Sized | None = None,
+) -> None: ...
+
+
+def test_null_is_judged_by_the_alternatives_of_a_type() -> None:
+    refuse_nulls({"one": None, "mode": None, "sized": {"size": None}}, holds)
+    with pytest.raises(ValueError, match="free is null"):
+        refuse_nulls({"free": None}, holds)
+    with pytest.raises(ValueError, match=r"alone\.size is null, but takes int"):
+        refuse_nulls({"alone": {"size": None}}, holds)
 
 
 @pytest.mark.parametrize(

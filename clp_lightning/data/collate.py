@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from math import isnan
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
@@ -72,12 +73,13 @@ class PromptFormat:
         names = ", ".join(sorted(self.columns))
         self.source = next((name for name in _PROMPT_COLUMNS if name in self.columns), None)
         self.prompt_columns = [self.source] if self.source else []
-        self.inserted: list[str] = []  # whole, by the template
+        self.inserted: list[tuple[str, str | None]] = []  # by the template; with "!r" or the like
         if template is not None:
-            fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+            parsed = Formatter().parse(template)
+            self.inserted = [(name, as_) for _, name, _, as_ in parsed if name is not None]
             # "{meta[title]}" and "{meta.title}" read the column "meta".
-            self.prompt_columns = sorted({re.split(r"[.\[]", name)[0] for name in fields})
-            self.inserted = [name for name in self.prompt_columns if name in fields]
+            columns_ = {re.split(r"[.\[]", name)[0] for name, _ in self.inserted}
+            self.prompt_columns = sorted(columns_)
             unknown = [name for name in self.prompt_columns if name not in self.columns]
             if unknown:
                 raise ValueError(f"The template names {unknown}; the columns are: {names}.")
@@ -144,10 +146,16 @@ class PromptFormat:
                     f"Row {prompt_id}: its '{name}', which the template names, is missing; fill it "
                     "or leave the row out."
                 )
-        for name in self.inserted:
-            if isinstance(row[name], (list, dict)):
+        for name, as_ in self.inserted:
+            value = Formatter().get_field(name, (), row)[0]
+            if value is None or (isinstance(value, float) and isnan(value)):
                 raise ValueError(
-                    f"Row {prompt_id}: its '{name}' is a {type(row[name]).__name__}; the template "
+                    f"Row {prompt_id}: its '{name}', which the template names, is {value}; fill it "
+                    "or leave the row out."
+                )
+            if isinstance(value, (list, dict)) and as_ is None:
+                raise ValueError(
+                    f"Row {prompt_id}: its '{name}' is a {type(value).__name__}; the template "
                     f"takes text and numbers, or a part of it: {{{name}[...]}}."
                 )
 

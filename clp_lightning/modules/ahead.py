@@ -50,7 +50,7 @@ def check_sampling(module: CLPModule) -> None:
             "on after the policy that sampled it has moved."
         )
     size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
-    if size is not None and chunks > size * batches:
+    if chunks > 1 and isinstance(size, int) and chunks > size * batches:
         raise ValueError(
             f"rollout_chunks={chunks} is more than the {size * batches} prompts that are sampled "
             f"for a step (batch_size {size} x rollout_batches {batches}), and the responses to a "

@@ -66,7 +66,8 @@ class Gathered(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module: Any = self.lightning_module
         own = module.state_dict()
-        state = {name: _shard(value, own[name]) for name, value in checkpoint["state_dict"].items()}
+        stored = checkpoint["state_dict"]
+        state = {name: _shard(value, own.get(name)) for name, value in stored.items()}
         ParallelStrategy.load_model_state_dict(self, {"state_dict": state}, strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,10 @@ class TransformersEngine(Engine):
     """
 
     on_tokens: Callable[[Tensor, Tensor], None] | None = None
+    # For subclasses that do not start as this class does.
+    compile: bool = False
+    precision: Literal["bf16"] | None = None
+    _program: Any = None
 
     def __init__(self, compile: bool = False, precision: Literal["bf16"] | None = None) -> None:
         self.compile = compile

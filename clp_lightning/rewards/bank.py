@@ -71,7 +71,7 @@ class RewardBank(nn.Module):
             responses concerned out and counts them in ``dropped``.
         retries: How often a failing reward is asked again before that.
         retry_wait: Seconds before it is asked again; twice as long each time.
-        timeout: Seconds that a reward may take for one batch, all tries apart; no limit if None.
+        timeout: Seconds that a call of a reward may take, each try apart; no limit if None.
 
     Attributes:
         names: Names of the rewards; the order of every K axis.

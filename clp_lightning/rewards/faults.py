@@ -27,7 +27,7 @@ class FaultPolicy:
             responses concerned out.
         retries: How often a reward that failed is asked again before that.
         retry_wait: Seconds before it is asked again; twice as long each time.
-        timeout: Seconds that a reward may take for one batch; no limit if None.
+        timeout: Seconds that a call of a reward may take; no limit if None.
 
     Raises:
         ValueError: an argument is out of range.

@@ -87,6 +87,14 @@ def test_a_template_writes_neither_none_nor_brackets() -> None:
     with pytest.raises(ValueError, match=r"Row 7: its 'document' is a list; .* {document\[...]}"):
         batch([{"document": ["D"]}], template="Summarise: {document}")
     assert batch([{"document": ["D"], "n": 3}], template="{document[0]}{n}").prompts == ["D3"]
+    assert batch([{"document": ["D"]}], template="{document!r}").prompts == ["['D']"]
+
+
+@pytest.mark.parametrize(("title", "said"), [(None, "None"), (float("nan"), "nan")])
+def test_a_template_writes_no_part_that_is_missing(title: Any, said: str) -> None:
+    message = rf"Row 7: its 'meta\[title\]', which the template names, is {said}; fill it"
+    with pytest.raises(ValueError, match=message):
+        batch([{"meta": {"title": title}}], template="Summarise: {meta[title]}")
 
 
 def test_prompts_of_another_kind_are_refused() -> None:

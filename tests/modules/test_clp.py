@@ -301,10 +301,9 @@ def test_bad_arguments_are_refused_at_once(
 
 
 class Counts(TransformersEngine):
-    """Notes how many responses are sampled at once."""
+    """Notes how many responses are sampled at once; does not start as the engine does."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.rows: list[int] = []
 
     def generate(self, policy: Policy, batch: PromptBatch, n: int, sampling: Sampling) -> Rollout:
