@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..attempts import in_thread
 from ..rewards.asked import Asked
-from ..rewards.calling import in_thread
 from ..types import PromptBatch, Rollout
 
 if TYPE_CHECKING:

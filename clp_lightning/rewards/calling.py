@@ -10,19 +10,18 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, wait
-from contextlib import ExitStack
-from contextvars import copy_context
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
-__all__ = ["Call", "Late", "Problem", "Samples", "in_thread", "same", "start"]
+from ..attempts import attempt, in_thread
+
+__all__ = ["Call", "Late", "Problem", "Samples", "same", "start"]
 
 Samples = dict[str, list[Any]]
 """Keyword arguments of a reward that are lists with one entry per response."""
-_DEVICES = ("cpu", "cuda")  # which autocast knows
 
 
 class Problem(Exception):
@@ -58,12 +57,15 @@ class Call:
         Raises:
             Problem: the reward failed or returned what is no score.
         """
-        try:
-            returned = self.result()
-        except Late:
-            raise
-        except Exception as error:
-            raise Problem(f"raised {type(error).__name__}: {error}{self._hint(error)}") from error
+        outcome = attempt(self.result)
+        match outcome.exception():
+            case None:
+                returned = outcome.result()
+            case Late() as late:
+                raise late
+            case error:
+                why = f"raised {type(error).__name__}: {error}{self._hint(error)}"
+                raise Problem(why) from error
         for name, values in self.given.items():
             if not same(self.copy[name], values):
                 raise Problem(f"changed the list '{name}' that it was given; let it copy first")
@@ -87,7 +89,7 @@ class Call:
             raise first
         return [score for score in scores if score is not None]
 
-    def _hint(self, error: Exception) -> str:
+    def _hint(self, error: BaseException) -> str:
         chat = any(isinstance(completion, list) for completion in self.given["completions"])
         if chat and isinstance(error, (AttributeError, TypeError)):
             return " (prompts and completions are lists of messages here)"
@@ -111,17 +113,18 @@ def start(
     """
     copy = {name: _copy(values) for name, values in samples.items()}
     begun = time.monotonic()
-    try:
-        if timeout is None:
-            returned = function(**copy, **context)
-        else:
-            returned = _result(in_thread(lambda: function(**copy, **context)), begun, timeout)
-    except Exception as error:
-        return Call(samples, copy, _raiser(error))
-    if inspect.isawaitable(returned):
+
+    def call() -> Any:
+        return function(**copy, **context)
+
+    if timeout is None:
+        outcome = attempt(call)
+    else:
+        outcome = attempt(lambda: _result(in_thread(call), begun, timeout))
+    if outcome.exception() is None and inspect.isawaitable(returned := outcome.result()):
         future = asyncio.run_coroutine_threadsafe(_awaited(returned), _event_loop(os.getpid()))
         return Call(samples, copy, lambda: _result(future, begun, timeout))
-    return Call(samples, copy, lambda: returned)
+    return Call(samples, copy, outcome.result)
 
 
 def _result(future: Future[Any], begun: float, timeout: float | None) -> Any:
@@ -136,41 +139,6 @@ def _result(future: Future[Any], begun: float, timeout: float | None) -> Any:
             future.cancel()
             raise Late(f"did not answer within {timeout:g} s")
     return future.result()
-
-
-def in_thread(call: Callable[[], Any]) -> Future[Any]:
-    """``call()`` in a thread of its own, with the caller's device, gradient mode and autocast.
-
-    A daemon: one that hangs must not keep the process alive, as those of a pool would.
-    """
-    future: Future[Any] = Future()
-    future.set_running_or_notify_cancel()  # one that is late settles all the same, heard by nobody
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-    with_gradient = torch.is_grad_enabled()
-    casts = {t: torch.get_autocast_dtype(t) for t in _DEVICES if torch.is_autocast_enabled(t)}
-
-    def run() -> None:
-        try:
-            if device is not None:
-                torch.cuda.set_device(device)
-            with torch.set_grad_enabled(with_gradient), ExitStack() as scopes:
-                for kind, dtype in casts.items():
-                    scopes.enter_context(torch.autocast(kind, dtype))
-                result = call()
-        except BaseException as error:  # the caller's to handle, be it SystemExit
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    threading.Thread(target=copy_context().run, args=(run,), name="reward", daemon=True).start()
-    return future
-
-
-def _raiser(error: Exception) -> Callable[[], Any]:
-    def fail() -> Any:
-        raise error
-
-    return fail
 
 
 async def _awaited(awaitable: Awaitable[Any]) -> Any:

@@ -159,7 +159,7 @@ class Endpoint(Described):
                     text = await self._send(client, question, key)
                 except NoAnswer as error:
                     return error
-                except Exception as error:
+                except _failures() as error:
                     if (failure := self._fatal(error, key)) is not None:
                         fatal.append(failure)
                     return NoAnswer(f"{self} {self._why(error, key)}")
@@ -220,7 +220,7 @@ class Endpoint(Described):
                     f"{self} gave no answer ({_cause(error, key)}): start the server, or correct "
                     "base_url."
                 )
-            except Exception as error:
+            except _failures() as error:
                 return self._fatal(error, key)
         return None
 
@@ -312,6 +312,12 @@ def _openai() -> Any:
             'A remote judge needs openai: pip install "clp_lightning[judge]"'
         ) from error
     return openai
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a request can end in: the client's own errors, and what it trips over in an answer."""
+    odd_answer = (ValueError, TypeError, AttributeError, LookupError, RuntimeError)
+    return _openai().OpenAIError, OSError, *odd_answer
 
 
 def _hash(value: Any) -> str:
