@@ -6,6 +6,8 @@ Both sample from softmax(logits) under one preference, merged into plain weights
 them on our side, and is merged on the other), and take turns. Ours computes each prompt once and
 returns the log-probability of every token besides. Both end with the decoded texts. `--engines`
 runs ours with other engines too; their first batch, with all compiling, is not in the medians.
+`--prompts` runs it with the prompts' keys and values stored once for all responses, and with a
+copy for each.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from clp_lightning import (
 
 
 def sides(
-    size: Size, folder: Path, prompts: list[str], device: str, engines: list[str]
+    size: Size, folder: Path, prompts: list[str], device: str, engines: list[str], both: bool
 ) -> dict[str, Callable[[], int]]:
     """What is compared, by name; each returns the number of tokens that it sampled."""
     policy = Policy(str(folder), LoRA() if size.lora_rank else Mixture("full"))
@@ -45,7 +47,8 @@ def sides(
     preference = Preference(one.weights.expand(size.prompts, -1), one.alpha.expand(size.prompts))
     batch = PromptBatch(prompts, torch.arange(size.prompts), preference=preference.to(device))
 
-    def ours(engine: TransformersEngine) -> int:
+    def ours(engine: TransformersEngine, share: bool | None = None) -> int:
+        policy.share_prompts = share
         rollout = engine.generate(policy, batch, size.samples, Sampling(size.new_tokens))
         return int(rollout.response_mask.sum())
 
@@ -70,6 +73,9 @@ def sides(
 
     others = {name: TransformersEngine(**speed.ENGINES[name]) for name in engines}
     mine = {name: partial(ours, engine) for name, engine in others.items()}
+    if both:
+        stored = {"prompts once": True, "prompts copied": False}
+        mine |= {name: partial(ours, TransformersEngine(), share) for name, share in stored.items()}
     return {"ours": partial(ours, TransformersEngine()), **mine, "generate": theirs}
 
 
@@ -87,13 +93,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs and compares them."""
     parser = speed.parser(__doc__)
     parser.add_argument("--target", type=float, help="exit with 1 where the ratio is below it")
+    parser.add_argument("--prompts", action="store_true", help="stored once, and copied")
     speed.add_engines(parser)
     args = parser.parse_args(arguments)
     size, machine = speed.chosen_size(args), speed.choose_machine(args)
     prompts = speed.prompt_rows(size, size.prompts)["prompt"][:]
     with tempfile.TemporaryDirectory() as scratch:
         folder = speed.save_model(Path(scratch), size)
-        each = sides(size, folder, prompts, machine.device, args.engines)
+        each = sides(size, folder, prompts, machine.device, args.engines, args.prompts)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in each}
         for name in args.engines:
             print(f"first batch, {name}: {timed(each[name], size.tokens, machine)['step']:.1f} s")
@@ -107,6 +114,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name:14}{1e3 * seconds:9.1f} ms{size.tokens / seconds:9.0f} tokens/s")
     for name in args.engines:
         print(f"ratio generate/{name}: {loops.ratio(found['generate'], found[name]):.2f}")
+    if args.prompts:
+        ratio = loops.ratio(found["prompts copied"], found["prompts once"])
+        print(f"ratio prompts copied/once: {ratio:.2f}")
     ratio = loops.ratio(found["generate"], found["ours"])
     print(f"ratio generate/ours: {ratio:.2f}")
     return int(args.target is not None and ratio < args.target)

@@ -9,9 +9,14 @@ from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-__all__ = ["fix_length", "grow_in_place", "make_full"]
+__all__ = ["fix_length", "grow_in_place", "is_plain", "make_full"]
 
 _ROOM = 32  # tokens; so often is a layer copied, and so much memory may stand idle in every row
+
+
+def is_plain(cache: Cache) -> bool:
+    """Whether every layer keeps the keys and values of all tokens, and nothing else."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def grow_in_place(cache: Cache) -> None:
@@ -31,14 +36,14 @@ def fix_length(cache: Cache, length: int) -> None:
     Raises:
         ValueError: a layer forgets tokens (a sliding window) or keeps something else.
     """
-    plain = [layer for layer in cache.layers if type(layer) is DynamicLayer]
-    if len(plain) < len(cache.layers):
+    if not is_plain(cache):
         kinds = sorted({type(layer).__name__ for layer in cache.layers} - {DynamicLayer.__name__})
         raise ValueError(
             f"The cache of this model has layers of no fixed length ({', '.join(kinds)}), so "
             "decoding cannot be compiled; use TransformersEngine(compile=False)."
         )
-    cache.layers = [_Fixed(layer, length) for layer in plain]
+    layers: list[Any] = cache.layers
+    cache.layers = [_Fixed(layer, length) for layer in layers]
 
 
 def make_full(cache: Cache, tokens: int) -> None:
@@ -80,7 +85,8 @@ class _Roomy(DynamicLayer):
         self.keys, self.values = (whole[..., :end, :] for whole in self._whole)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
+        assert self.keys is not None and self.values is not None, "a prompt was read"
+        self.keys, self.values = self.keys[indices], self.values[indices]
         self._whole = []
 
 

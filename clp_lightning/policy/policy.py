@@ -48,8 +48,8 @@ class Policy(nn.Module):
         gradient_checkpointing: Recompute activations in the backward pass.
 
     Attributes:
-        share_prompts: Whether scoring computes each prompt once for all its responses; decided by
-            the size of prompts and model if None. The values are the same to rounding.
+        share_prompts: Whether the responses of a prompt share it: computed once in scoring, stored
+            once while decoding. Decided by sizes if None; the values are the same to rounding.
     """
 
     model: PreTrainedModel

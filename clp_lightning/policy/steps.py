@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .branches import Branches, reading, worth_branching
 from .cache import fix_length, grow_in_place
 from .casting import weights_cast
 from .policy import Policy
@@ -27,6 +28,8 @@ _PROGRAMS = 64
 
 class Steps:
     """The model's own forward, with a cache that grows in place.
+
+    Long prompts stand in it once for all their responses.
 
     Args:
         new_tokens: The most tokens of a response.
@@ -47,13 +50,20 @@ class Steps:
                 with weights_cast(policy.model, self.dtype, self._cast):
                     yield
 
-    def begin(self, prefix: Prefix) -> None:
-        """Prepares the cache of prompts that were read for the responses."""
+    def begin(self, policy: Policy, prefix: Prefix, rows: Tensor) -> Prefix:
+        """Where responses begin, those to the prompts at ``rows``; uses up what is given."""
+        if worth_branching(policy.model, prefix, len(rows), policy.share_prompts):
+            prefix.cache = Branches(prefix.cache, prefix.mask)
+            return prefix.select(rows)
+        prefix = prefix.select(rows)
         grow_in_place(prefix.cache)
+        return prefix
 
     def extend(self, model: PreTrainedModel, prefix: Prefix, tokens: Tensor) -> None:
         """Runs one token of every response, shape (rows, 1)."""
-        extend(model, prefix, tokens)
+        cache = prefix.cache
+        with reading(model, cache) if isinstance(cache, Branches) else nullcontext():
+            extend(model, prefix, tokens)
 
     def kept(self, finished: Tensor) -> Tensor | None:
         """Rows to go on with, of those that are computed; None for all.
@@ -82,13 +92,15 @@ class CompiledSteps(Steps):
         super().__init__(new_tokens, dtype)
         self._program = program
 
-    def begin(self, prefix: Prefix) -> None:
-        rows, used = prefix.mask.shape
+    def begin(self, policy: Policy, prefix: Prefix, rows: Tensor) -> Prefix:
+        prefix = prefix.select(rows)
+        used = prefix.mask.shape[1]
         length = -(-(used + self.new_tokens) // _MULTIPLE) * _MULTIPLE
         fix_length(prefix.cache, length)
         # Causality hides the tokens to come.
-        room = prefix.mask.new_ones(rows, length - used)
+        room = prefix.mask.new_ones(len(rows), length - used)
         prefix.mask, prefix.fixed = torch.cat([prefix.mask, room], dim=-1), True
+        return prefix
 
     def extend(self, model: PreTrainedModel, prefix: Prefix, tokens: Tensor) -> None:
         # The first forward of a scope makes what the others reuse: it is another program.

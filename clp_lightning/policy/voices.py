@@ -55,9 +55,7 @@ class Voices:
             prompt = asked // self._count
             with steps.rows(policy, asked):
                 prefix = read_prompt(policy.model, input_ids[prompt], prompt_mask[prompt])
-            prefix = prefix.select(_own(rows, part))
-            steps.begin(prefix)
-            self._prefixes.append(prefix)
+            self._prefixes.append(steps.begin(policy, prefix, _own(rows, part)))
         self._scope = ExitStack()
 
     def __enter__(self) -> Self:
