@@ -57,24 +57,33 @@ def rloo(what: str, target: float, against: str = "rloo") -> Number:
     return Number(what, rf"ratio TRL/ours: .*?([\d.]+) \({against}\)", target, at_least=True)
 
 
+def with_engine(name: str, target: float) -> Number:
+    """The ratio of RLOO's step to that of ours with another engine."""
+    pattern = rf"^ratio others/clp-{name}: ([\d.]+) \(rloo\)"
+    return Number(f"the same with `{name}` rollouts", pattern, target, at_least=True)
+
+
 def whole(what: str, form: str, preferences: int, target: float) -> Number:
     """The last column of a form's row at K = 2."""
     return Number(what, rf"^ 2 {form} +{preferences} .* ([\d.]+)$", target)
 
 
+LONG = ["--prompt-tokens", "128", "--new-tokens", "64"]
 PREFERENCES = "conditioned against unconditioned, 8 preferences in 32 rows"
 GENERATE = Number("rollouts against `generate`", r"ratio generate/ours: ([\d.]+)", 2, at_least=True)
 JOBS: dict[str, tuple[list[str], list[Number]]] = {
     "step-10m": (
-        ["step.py", "--size", "10m", "--engines", "compiled"],
+        ["step.py", "--size", "10m", "--engines", "compiled", "compiled-bf16"],
         [
             rloo("step against TRL RLOO fp32, 10M Llama, 32+32 tokens", 4),
-            rloo("the same against RLOO's defaults", 3, "rloo-defaults"),
+            with_engine("compiled", 4),
+            with_engine("compiled-bf16", 6),
+            rloo("our default step against RLOO's defaults", 3, "rloo-defaults"),
         ],
     ),
     "step-10m-long": (
-        ["step.py", "--size", "10m", "--prompt-tokens", "128", "--new-tokens", "64"],
-        [rloo("prompt 128, 64 new tokens", 5)],
+        ["step.py", "--size", "10m", *LONG, "--engines", "compiled"],
+        [rloo("prompt 128, 64 new tokens", 5), with_engine("compiled", 5)],
     ),
     "step-smollm2-lora": (
         ["step.py", "--size", "smollm2-lora", "--rounds", "4", "--rivals", "rloo"],
@@ -102,19 +111,12 @@ JOBS: dict[str, tuple[list[str], list[Number]]] = {
             ),
         ],
     ),
-    "generation-10m": (["generation.py", "--size", "10m", "--engines", "compiled"], [GENERATE]),
+    "generation-10m": (
+        ["generation.py", "--size", "10m", "--engines", "compiled", "--prompts"],
+        [GENERATE],
+    ),
     "generation-10m-long": (
-        [
-            "generation.py",
-            "--size",
-            "10m",
-            "--prompt-tokens",
-            "128",
-            "--new-tokens",
-            "64",
-            "--engines",
-            "compiled",
-        ],
+        ["generation.py", "--size", "10m", *LONG, "--engines", "compiled", "--prompts"],
         [GENERATE],
     ),
     "generation-smollm2": (

@@ -185,9 +185,14 @@ def test_a_benchmark_that_did_not_run_is_no_result(
 
 def test_the_report_has_every_number_it_asks_for(scripts: dict[str, Any]) -> None:
     report = scripts["report"]
-    step = "ratio clp/plain: 1.10\nratio TRL/ours: 3.20 (rloo), 2.50 (rloo-defaults), 3.00 (grpo)\n"
-    ours, defaults = report.JOBS["step-10m"][1]
-    assert ours.row(step)[2:] == ["3.20", "**no**"] and defaults.row(step)[2:] == ["2.50", "**no**"]
+    step = (
+        "ratio clp/plain: 1.10\n"
+        "ratio others/clp-compiled: 4.20 (rloo), 3.60 (rloo-defaults), 0.80 (clp)\n"
+        "ratio others/clp-compiled-bf16: 5.20 (rloo), 4.60 (rloo-defaults), 0.70 (clp)\n"
+        "ratio TRL/ours: 3.20 (rloo), 2.50 (rloo-defaults), 3.00 (grpo)\n"
+    )
+    shown = [number.row(step)[2:] for number in report.JOBS["step-10m"][1]]
+    assert shown == [["3.20", "**no**"], ["4.20", "yes"], ["5.20", "**no**"], ["2.50", "**no**"]]
     table = (
         " 2 full/merge                1       1.05       1.00       1.01       1.04\n"
         " 2 full/merge                8       1.05       1.00       1.01       2.04\n"
