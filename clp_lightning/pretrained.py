@@ -24,6 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .attempts import attempt
+from .intact import check_finite, check_weight_files, loaded
 from .sources import (
     convert_gguf,
     find_model,
@@ -148,7 +150,10 @@ def load_config(spec: str | Mapping[str, Any] | Pretrained) -> PreTrainedConfig:
     """
     spec = as_pretrained(spec)
     folder = _locate(spec, weights=False)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    config = loaded(
+        spec.name,
+        lambda: AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code),
+    )
     _zero_dropout(config)
     return config
 
@@ -165,30 +170,45 @@ def load_model(
             rest.
 
     Raises:
-        ValueError: the files lack some of the model's weights, which would be random, or the
-            adapter belongs to another base.
+        ValueError: the files are damaged or do not fit each other; they lack some of the model's
+            weights, which would be random; weights are not finite; or the adapter belongs to
+            another base.
         FileNotFoundError, ModuleNotFoundError: as ``check_available``.
     """
     spec = as_pretrained(spec)
     if spec.adapter is not None:
         find_adapter(spec.adapter)  # an early error: the weights may be large
     config = load_config(spec)
-    model, loading = (auto_class or _auto_class(config)).from_pretrained(
-        locate(spec),
-        config=config,
-        dtype=getattr(torch, spec.dtype),
-        attn_implementation=spec.attn_implementation,
-        quantization_config=_quantization(spec),
-        trust_remote_code=spec.trust_remote_code,
-        use_safetensors=True,
-        output_loading_info=True,
+    folder = locate(spec)
+    check_weight_files(weight_files(folder))
+    model, loading = loaded(
+        spec.name,
+        lambda: (auto_class or _auto_class(config)).from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation=spec.attn_implementation,
+            quantization_config=_quantization(spec),
+            trust_remote_code=spec.trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # told below, with what they are
+            output_loading_info=True,
+        ),
     )
+    if strange := sorted(loading["mismatched_keys"]):
+        key, stored, own = strange[0]
+        raise ValueError(
+            f"The files of '{spec.name}' do not fit each other: {key} has shape {tuple(stored)} "
+            f"in the weights and {tuple(own)} by config.json ({len(strange)} tensors differ). "
+            "Put back the config.json that the weights were saved with."
+        )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
             f"The files of '{spec.name}' hold no weights for {', '.join(missing[:5])}"
             f"{' …' if len(missing) > 5 else ''} of {type(model).__name__}, which would be "
             "random. Use a model that was saved with this head."
         )
+    check_finite(model, spec.name)
     return model if spec.adapter is None else merge_adapter(model, spec.adapter)
 
 
@@ -239,15 +259,18 @@ def load_tokenizer(spec: str | Mapping[str, Any] | Pretrained) -> PreTrainedToke
     """
     spec = as_pretrained(spec)
     folder = _locate(spec, weights=False)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
+    outcome = attempt(
+        lambda: AutoTokenizer.from_pretrained(
             folder, padding_side="left", trust_remote_code=spec.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    )
+    error = outcome.exception()
+    if error is not None and not isinstance(error, (ImportError, MemoryError)):
         raise ValueError(
             f"No tokenizer of '{spec.name}' could be loaded from {folder}: {error} "
             "Save one there with tokenizer.save_pretrained."
         ) from error
+    tokenizer = outcome.result()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
@@ -279,9 +302,12 @@ def fingerprint(spec: str | Mapping[str, Any] | Pretrained) -> str:
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: as ``check_available``.
+        ValueError: a file is no safetensors file, or a part of one.
     """
     spec = as_pretrained(spec)
-    mark = weights_digest(weight_files(locate(spec)))
+    files = weight_files(locate(spec))
+    check_weight_files(files)
+    mark = weights_digest(files)
     if spec.adapter is None:
         return mark
     return hashlib.sha256((mark + adapter_digest(spec.adapter)).encode()).hexdigest()

@@ -122,7 +122,13 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         return []
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} names no files of weights: it is damaged. Fetch it again, or save the model "
+            "anew with save_pretrained."
+        ) from error
     if missing := [name for name in shards if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, named in {index.name}.")
     return [folder / name for name in shards]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .intact import check_finite, check_weight_files, loaded
 from .sources import weights_digest
 
 __all__ = ["adapter_digest", "find_adapter", "merge_adapter", "untie"]
@@ -74,12 +75,13 @@ def merge_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
 
     Raises:
         FileNotFoundError: as ``find_adapter``.
-        ValueError: the adapter is no change of weights, or belongs to another base.
+        ValueError: the adapter is damaged, is no change of weights, or belongs to another base.
     """
     from peft import PeftConfig, get_peft_model
 
     folder = str(find_adapter(name))
-    config = PeftConfig.from_pretrained(folder)
+    check_weight_files([Path(folder, _WEIGHTS)])
+    config = loaded(name, lambda: PeftConfig.from_pretrained(folder))
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise ValueError(
             f"The adapter '{name}' is of type {config.peft_type}, which is no change of weights "
@@ -100,6 +102,7 @@ def merge_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
             )
         _take_apart(tuned)
         merged: PreTrainedModel = tuned.merge_and_unload()
+    check_finite(merged, name)
     return merged.requires_grad_(True).eval()
 
 
