@@ -1,4 +1,4 @@
-"""Calling what others wrote, whatever it raises: here or in a thread, with a future for an answer.
+"""Calling what others wrote, whatever it raises: here, in a thread, or as a coroutine.
 
 The one place of the package that takes every exception; it keeps it for who asks the future.
 """
@@ -6,15 +6,15 @@ The one place of the package that takes every exception; it keeps it for who ask
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from contextvars import copy_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["attempt", "in_thread"]
+__all__ = ["attempt", "attempt_awaitable", "failed", "in_thread"]
 
 T = TypeVar("T")
 _DEVICES = ("cpu", "cuda")  # which autocast knows
@@ -24,13 +24,19 @@ def attempt(call: Callable[[], T]) -> Future[T]:
     """What ``call()`` comes to, now.
 
     Raises:
-        BaseException: what the call raised where it is no ``Exception``: an interrupt, an exit.
+        KeyboardInterrupt: the user's. An exit is not for a reward to decide: it is kept.
     """
     future: Future[T] = Future()
     _settle(future, call)
-    error = future.exception()
-    if error is not None and not isinstance(error, Exception):
+    if isinstance(error := future.exception(), KeyboardInterrupt):
         raise error
+    return future
+
+
+def failed(error: Exception) -> Future[Any]:
+    """A call that came to ``error``."""
+    future: Future[Any] = Future()
+    future.set_exception(error)
     return future
 
 
@@ -60,10 +66,20 @@ def in_thread(call: Callable[[], T]) -> Future[T]:
     return future
 
 
+async def attempt_awaitable(future: Future[T], awaitable: Awaitable[T]) -> None:
+    """Makes ``future`` what ``awaitable`` comes to; an exit would end the event loop for all."""
+    try:
+        result = await awaitable
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
 def _settle(future: Future[T], call: Callable[[], T]) -> None:
     try:
         result = call()
-    except BaseException as error:  # the asker's to handle, be it SystemExit
+    except BaseException as error:
         future.set_exception(error)
     else:
         future.set_result(result)

@@ -19,13 +19,20 @@ def test_a_result_and_an_exception_are_kept() -> None:
     assert isinstance(outcome.exception(), ZeroDivisionError)
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_goes_through(kind: type[BaseException]) -> None:
+def test_the_users_interrupt_goes_through() -> None:
     def call() -> None:
-        raise kind
+        raise KeyboardInterrupt
 
-    with pytest.raises(kind):
+    with pytest.raises(KeyboardInterrupt):
         attempt(call)
+
+
+def test_an_exit_is_kept() -> None:
+    def call() -> None:
+        raise SystemExit(0)
+
+    assert isinstance(attempt(call).exception(), SystemExit)
+    assert isinstance(in_thread(call).exception(), SystemExit)
 
 
 def test_a_thread_has_the_callers_modes() -> None:
@@ -53,6 +60,6 @@ def _takes_everything(handler: ast.ExceptHandler) -> bool:
     if handler.type is None:
         return True
     return any(
-        isinstance(node, ast.Name) and node.id in ("Exception", "BaseException")
+        getattr(node, "id", getattr(node, "attr", "")) in ("Exception", "BaseException")
         for node in ast.walk(handler.type)
     )

@@ -7,8 +7,9 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+from pyarrow import ArrowException
 
-from ..attempts import attempt
 from .corpus import Corpus
 from .docstrings import Docstrings
 
@@ -17,6 +18,17 @@ __all__ = ["Source", "as_source", "has_splits", "load_rows"]
 Source: TypeAlias = str | Corpus | Dataset
 """Where rows come from, once it is known to be something that can be read."""
 
+# What reading a file or asking the hub ends in; of files most come wrapped in a DatasetsError.
+_UNREADABLE = (
+    DatasetsError,
+    ArrowException,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    RuntimeError,
+    EOFError,
+)
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -92,14 +104,14 @@ def load_rows(source: Source, config: str | None, split: str) -> Dataset:
             raise ValueError(f"The data file '{source}' is empty.")
         if builder != "parquet":
             _check_encoding(path)
-        read = attempt(lambda: load_dataset(builder, data_files=str(path), split="train"))
-        if (error := read.exception()) is not None:
+        try:
+            return load_dataset(builder, data_files=str(path), split="train")
+        except _UNREADABLE as error:
             why = error.__cause__ or error
             raise ValueError(
                 f"The data file '{source}' has no rows or is not valid {builder}: "
                 f"{type(why).__name__} {why}"
             ) from error
-        return read.result()
     if path.is_file():
         raise ValueError(
             f"The data file '{source}' is of an unknown kind '{path.suffix}'; give one of "
@@ -113,11 +125,11 @@ def load_rows(source: Source, config: str | None, split: str) -> Dataset:
             return saved[split]
         return saved
     name, _, revision = (str(path), "", "") if path.is_dir() else source.partition("@")
-    read = attempt(lambda: load_dataset(name, config, split=split, revision=revision or None))
-    if (error := read.exception()) is not None:
+    try:
+        return load_dataset(name, config, split=split, revision=revision or None)
+    except _UNREADABLE as error:
         raise ValueError(
             f"Cannot load the data set '{source}' (config {config}, split '{split}'): it is no "
             "file or folder with data here, and as a name on the hub it gave: "
             f"{type(error).__name__}: {error}"
         ) from error
-    return read.result()

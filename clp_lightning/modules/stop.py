@@ -14,7 +14,14 @@ from ..types import Rollout
 if TYPE_CHECKING:
     from .clp import CLPModule
 
-__all__ = ["DropLimit", "TrainingDiverged", "ask_rewards", "check_step", "raise_together"]
+__all__ = [
+    "DropLimit",
+    "TrainingDiverged",
+    "ask_rewards",
+    "check_step",
+    "empty_front",
+    "raise_together",
+]
 
 
 class TrainingDiverged(RuntimeError):
@@ -55,8 +62,7 @@ class DropLimit:
             module: Its rewards know their problems.
             dropped: How many were dropped.
         """
-        found = gather(module.trainer, module.rewards.problems)
-        what = "; ".join(f"'{name}' {problem}" for part in found for name, problem in part.items())
+        what = _problems(module)
         if not module.trainer.is_global_zero:
             return RewardError("Too many responses were dropped; rank 0 says why.")
         return RewardError(
@@ -64,6 +70,28 @@ class DropLimit:
             f"{self.STEPS} steps). The last problems: {what or 'none'}. Mend the reward, let it be "
             "asked again (reward_retries), or raise max_dropped."
         )
+
+
+def _problems(module: CLPModule) -> str:
+    """What the rewards did wrong last, on every rank; to be called on all of them."""
+    found = gather(module.trainer, module.rewards.problems)
+    return "; ".join(f"'{name}' {problem}" for part in found for name, problem in part.items())
+
+
+def empty_front(module: CLPModule, error: ValueError) -> ValueError:
+    """``error`` of a front that lacks responses, and why; to be called on all ranks.
+
+    Args:
+        module: Its rewards know their problems.
+        error: Says which point has none.
+    """
+    what = _problems(module)
+    if not what:
+        return error
+    return RewardError(
+        f"{error} All were dropped. The last problems: {what}. Mend the reward, or let it be asked "
+        "again (reward_retries)."
+    )
 
 
 def ask_rewards(module: CLPModule, rollout: Rollout) -> Scores:

@@ -16,7 +16,7 @@ from ..metrics import Front, FrontReport, Grid
 from ..types import Preference, PromptBatch, Rollout
 from .cost import Cost
 from .statistics import EVALUATION_EPOCH, fit_statistics, uniform_preference
-from .stop import ask_rewards, raise_together
+from .stop import ask_rewards, empty_front, raise_together
 
 if TYPE_CHECKING:
     from ..policy import Engine, Policy, Sampling
@@ -123,7 +123,10 @@ class FrontSweep(LightningModule):
 
     def _report_front(self, stage: str) -> None:
         raise_together(self)  # type: ignore[arg-type]
-        self.front_report = self.front.compute()
+        try:
+            self.front_report = self.front.compute()
+        except ValueError as error:
+            raise empty_front(self, error) from None  # type: ignore[arg-type]
         for name, value in self.front_report.scalars().items():
             # Equal on all ranks already; sync_dist keeps Lightning from warning of it.
             in_bar = (stage, name) == ("val", "value")

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..attempts import attempt, in_thread
+from ..attempts import attempt, attempt_awaitable, failed, in_thread
 
 __all__ = ["Call", "Late", "Problem", "Samples", "same", "start"]
 
@@ -45,11 +45,17 @@ class Late(Problem):
 
 @dataclass
 class Call:
-    """One reward called on some responses; asynchronous ones run until ``scores`` is asked for."""
+    """One reward called on some responses; asynchronous ones run until ``scores`` is asked for.
+
+    Attributes:
+        given: What it was called on.
+        copy: What it got.
+        outcome: Waits for what it comes to.
+    """
 
     given: Samples
     copy: Samples
-    result: Callable[[], Any]
+    outcome: Callable[[], Future[Any]]
 
     def scores(self) -> list[float]:
         """One number per response, NaN where the reward returned None.
@@ -57,20 +63,12 @@ class Call:
         Raises:
             Problem: the reward failed or returned what is no score.
         """
-        outcome = attempt(self.result)
-        match outcome.exception():
-            case None:
-                returned = outcome.result()
-            case Late() as late:
-                raise late
-            case error:
-                why = f"raised {type(error).__name__}: {error}{self._hint(error)}"
-                raise Problem(why) from error
+        returned = self._checked(self.outcome())
         for name, values in self.given.items():
             if not same(self.copy[name], values):
                 raise Problem(f"changed the list '{name}' that it was given; let it copy first")
         if hasattr(returned, "tolist"):
-            returned = returned.tolist()
+            returned = self._checked(attempt(returned.tolist))
         if not isinstance(returned, (list, tuple)):
             raise Problem(f"returned a {type(returned).__name__}, not a list of scores")
         expected = len(self.given["completions"])
@@ -88,6 +86,15 @@ class Call:
             first.scores = scores
             raise first
         return [score for score in scores if score is not None]
+
+    def _checked(self, outcome: Future[Any]) -> Any:
+        error = outcome.exception()
+        if isinstance(error, Late):
+            raise error
+        if error is not None:
+            why = f"raised {type(error).__name__}: {error}{self._hint(error)}"
+            raise Problem(why) from error
+        return outcome.result()
 
     def _hint(self, error: BaseException) -> str:
         chat = any(isinstance(completion, list) for completion in self.given["completions"])
@@ -117,32 +124,30 @@ def start(
     def call() -> Any:
         return function(**copy, **context)
 
-    if timeout is None:
-        outcome = attempt(call)
-    else:
-        outcome = attempt(lambda: _result(in_thread(call), begun, timeout))
+    outcome = attempt(call) if timeout is None else _in_time(in_thread(call), begun, timeout)
     if outcome.exception() is None and inspect.isawaitable(returned := outcome.result()):
-        future = asyncio.run_coroutine_threadsafe(_awaited(returned), _event_loop(os.getpid()))
-        return Call(samples, copy, lambda: _result(future, begun, timeout))
-    return Call(samples, copy, outcome.result)
+        answer: Future[Any] = Future()
+        task = asyncio.run_coroutine_threadsafe(
+            attempt_awaitable(answer, returned), _event_loop(os.getpid())
+        )
+        return Call(samples, copy, lambda: _in_time(answer, begun, timeout, task))
+    return Call(samples, copy, lambda: outcome)
 
 
-def _result(future: Future[Any], begun: float, timeout: float | None) -> Any:
-    """What ``future`` comes to.
+def _in_time(
+    future: Future[Any], begun: float, timeout: float | None, task: Future[None] | None = None
+) -> Future[Any]:
+    """``future`` once it is settled; or one of ``Late``, ``timeout`` seconds after ``begun``.
 
-    Raises:
-        Late: it has not by ``timeout`` seconds after ``begun``. A TimeoutError is the reward's own.
+    A TimeoutError is the reward's own. ``task`` is what settles it, and is given up then.
     """
-    if timeout is not None:
-        wait([future], max(0.0, begun + timeout - time.monotonic()))
-        if not future.done():
-            future.cancel()
-            raise Late(f"did not answer within {timeout:g} s")
-    return future.result()
-
-
-async def _awaited(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
+    left = None if timeout is None else max(0.0, begun + timeout - time.monotonic())
+    wait([future], left)
+    if future.done():
+        return future
+    if task is not None:
+        task.cancel()
+    return failed(Late(f"did not answer within {timeout:g} s"))
 
 
 # One loop for all calls, because HTTP clients belong to the loop that they were first used in; in
@@ -161,7 +166,10 @@ def _number(value: Any, row: int) -> float:
     if isinstance(value, Exception):
         raise Problem(f"failed with {type(value).__name__}: {value}", row)
     if hasattr(value, "item"):  # a scalar of torch or numpy
-        value = value.item()
+        item = attempt(value.item)
+        if (error := item.exception()) is not None:
+            raise Problem(f"returned a {type(value).__name__} that is no number: {error}", row)
+        value = item.result()
     if not isinstance(value, (int, float)):
         raise Problem(f"returned {value!r}, which is no number", row)
     try:

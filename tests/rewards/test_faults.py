@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,9 +33,37 @@ def changing(completions: list[str], **_: Any) -> list[float]:
     return [1.0] * len(completions)
 
 
+async def slow(completions: list[str], **_: Any) -> list[float]:
+    await asyncio.sleep(0.01)
+    return [1.0] * len(completions)
+
+
 async def raising_later(completions: list[str], **_: Any) -> list[float]:
     await asyncio.sleep(0)
     return raising(completions)
+
+
+def leaving(completions: list[str], **_: Any) -> list[float]:
+    if "bad" in completions:
+        raise SystemExit(0)  # as argparse, click and others do
+    return [1.0] * len(completions)
+
+
+async def leaving_later(completions: list[str], **_: Any) -> list[float]:
+    await asyncio.sleep(0)
+    return leaving(completions)
+
+
+async def interrupting_later(completions: list[str], **_: Any) -> list[float]:
+    if "bad" in completions:
+        raise KeyboardInterrupt  # not from the keyboard: that reaches the main thread
+    return [1.0] * len(completions)
+
+
+def cancelled(completions: list[str], **_: Any) -> list[float]:
+    if "bad" in completions:
+        raise asyncio.CancelledError
+    return [1.0] * len(completions)
 
 
 def value_where_bad(value: Any) -> Callable[..., Any]:
@@ -44,6 +73,14 @@ def value_where_bad(value: Any) -> Callable[..., Any]:
 FAULTS: dict[str, tuple[Callable[..., Any], str]] = {
     "raises": (raising, "raised KeyError: 'score'"),
     "raises later": (raising_later, "raised KeyError: 'score'"),
+    "leaves": (leaving, "raised SystemExit: 0"),
+    "leaves later": (leaving_later, "raised SystemExit: 0"),
+    "interrupts later": (interrupting_later, "raised KeyboardInterrupt"),
+    "cancelled": (cancelled, "raised CancelledError"),
+    "pair": (value_where_bad(torch.ones(2)), "returned a Tensor that is no number"),
+    "array": (value_where_bad(np.ones(2)), "returned a ndarray that is no number"),
+    "no value": (value_where_bad(torch.ones((), device="meta")), "returned a Tensor that is no"),
+    "complex": (value_where_bad(1j), "returned 1j, which is no number"),
     "nan": (value_where_bad(nan), "returned nan"),
     "infinity": (value_where_bad(-math.inf), "returned -inf"),
     "over float32": (value_where_bad(1e39), r"returned 1e\+39 .not finite in float32"),
@@ -76,6 +113,34 @@ def test_drop_leaves_out_the_response_and_counts_it(fault: str) -> None:
             scores.raw, torch.tensor([[4.0, 1], [3, nan], [9, 1]]), equal_nan=True
         )
         assert bank.dropped == count
+
+
+def test_an_exit_stays_with_the_reward_that_makes_it() -> None:
+    """The others of the process share its event loop."""
+    bank = RewardBank({"leaves": leaving_later, "fine": slow}, on_error="drop")
+    assert bank(rollout(["bad", "good"])).kept.tolist() == [False, True]
+    assert RewardBank({"fine": slow})(rollout(["a", "b"])).raw.tolist() == [[1], [1]]
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_an_exit_in_time_is_no_exit(timeout: float | None) -> None:
+    bank = RewardBank({"leaves": leaving}, timeout=timeout)
+    with pytest.raises(RewardError, match="'leaves' raised SystemExit: 0"):
+        bank(rollout(["bad"]))
+
+
+def test_the_users_interrupt_goes_through() -> None:
+    def interrupted(**_: Any) -> list[float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        RewardBank({"r": interrupted}, on_error="drop")(rollout(["a"]))
+
+
+def test_a_list_that_cannot_be_read_is_a_fault() -> None:
+    bank = RewardBank({"r": returning(torch.ones(2, device="meta"))})
+    with pytest.raises(RewardError, match="Reward 'r' raised"):
+        bank(rollout(["a", "b"]))
 
 
 def test_a_fault_of_the_whole_batch_drops_all() -> None:
