@@ -1,7 +1,8 @@
 #!/bin/bash
 # sbatch --nodes=4 configs/cluster/slurm.sh fit --config ... --ckpt_path last
 # Five minutes before its time is over, or when it is preempted, the run saves and leaves, and the job goes back into the
-# queue, where `--ckpt_path last` lets it go on.
+# queue, where `--ckpt_path last` lets it go on. Where a step may take longer than the 270 seconds of torchrun.sh, raise both:
+# --signal here and LEAVE in the environment.
 #SBATCH --job-name=clp
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
