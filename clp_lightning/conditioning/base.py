@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..described import Described, check_choice
 from ..types import Preference, Prompt
 
-__all__ = ["Coefficients", "Conditioner", "Gate", "Scaled", "Scope", "Weights"]
+__all__ = ["Coefficients", "Conditioner", "Gate", "Scaled", "Scope", "Weights", "all_equal"]
 
 
 class Coefficients(Described, nn.Module, ABC):
@@ -225,7 +225,7 @@ class Conditioner(Described, nn.Module, ABC):
         if index is not None:
             preference = preference[index]
         reason = self.why_not_rows()
-        if (reason or self.one_preference_per_batch) and _all_equal(preference):
+        if (reason or self.one_preference_per_batch) and all_equal(preference):
             return self.merged(preference[:1])
         if reason:
             raise ValueError(
@@ -237,6 +237,10 @@ class Conditioner(Described, nn.Module, ABC):
     def why_not_rows(self) -> str | None:
         """Why this model cannot answer for another preference in every row; None where it can."""
         return None
+
+    def needs_runs(self, preference: Preference) -> bool:
+        """Whether rows of one preference are fast only side by side, in equal numbers."""
+        return False
 
     def session(self) -> AbstractContextManager[None]:
         """Opened around all scopes of one preference, where work can be shared among them."""
@@ -291,6 +295,7 @@ class Conditioner(Described, nn.Module, ABC):
                     parameter.grad = None
 
 
-def _all_equal(preference: Preference) -> bool:
+def all_equal(preference: Preference) -> bool:
+    """Whether every row asks for the same."""
     weights, alpha = preference.weights, preference.alpha
     return bool((weights == weights[:1]).all() and (alpha == alpha[:1]).all())

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..described import check_choice
-from .base import Coefficients, Conditioner, Scope
+from ..types import Preference
+from .base import Coefficients, Conditioner, Scope, all_equal
 from .forwards import forwards_replaced
 from .rowwise import Change, Place, RowForwards, why_not_rows
 from .sharded import delta_name, mix_at_home
@@ -246,6 +247,9 @@ class Mixture(Conditioner):
         if self.mixing == "merge":
             return "mixing is 'merge'"
         return why_not_rows(dict(zip(self._labels, self._places, strict=False)))
+
+    def needs_runs(self, preference: Preference) -> bool:
+        return not all_equal(preference)
 
     def copies(self) -> list[list[nn.Parameter]]:
         return [list(delta.parameters()) for delta in self.deltas]

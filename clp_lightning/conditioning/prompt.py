@@ -46,6 +46,10 @@ class _Around(Conditioner):
     def why_not_rows(self) -> str | None:
         return self.rest.why_not_rows()
 
+    def needs_runs(self, preference: Preference) -> bool:
+        # Its weights are the same in every row for what all preferences share.
+        return self.rest.needs_runs(Preference(preference.weights[:, :0], preference.alpha))
+
     def session(self) -> AbstractContextManager[None]:
         return self.rest.session()
 

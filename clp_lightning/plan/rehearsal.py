@@ -82,6 +82,7 @@ class _Rehearsal:
         skeleton = load_skeleton(self.policy.pretrained) if model is None else model
         names = module.rewards.names
         self.policy.attach(skeleton, names, module.seed)
+        self.policy.cut_by_length = False  # responses are as long as they may be
         if load.shard_group > 1:
             self.policy.conditioner.move_in()
             self.policy.share_prompts = False

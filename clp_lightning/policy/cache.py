@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-__all__ = ["fix_length", "grow_in_place", "is_plain", "make_full"]
+__all__ = ["fix_length", "grow_in_place", "is_plain", "make_full", "shallow_copy"]
 
 _ROOM = 32  # tokens; so often is a layer copied, and so much memory may stand idle in every row
 
@@ -51,6 +52,19 @@ def make_full(cache: Cache, tokens: int) -> None:
     for layer in _own(cache).layers:
         if isinstance(layer, _Roomy):
             layer.make_full(tokens)
+
+
+def shallow_copy(cache: Cache) -> Cache:
+    """The same keys and values in layers of their own, which can be selected from and extended."""
+    copied: Any = copy(cache)
+    if isinstance(cache, EncoderDecoderCache):
+        copied.self_attention_cache = shallow_copy(cache.self_attention_cache)
+        copied.cross_attention_cache = shallow_copy(cache.cross_attention_cache)
+        copied.is_updated = dict(cache.is_updated)
+    else:
+        copied.layers = [copy(layer) for layer in cache.layers]
+    own: Cache = copied
+    return own
 
 
 def _own(cache: Cache) -> Cache:

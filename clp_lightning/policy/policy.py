@@ -21,17 +21,16 @@ from ..pretrained import Pretrained
 from ..types import Preference, Prompt, Rollout
 from .blocks import blocks
 from .encoding import Encoding, pad
+from .lengths import Bundle, bundles, whole
 from .linear import speed_up_linears
 from .prefix import read_prompt
 from .readout import InPieces, OfLogits, Readout, can_be_cut
-from .scoring import first_of_group, score_full, score_shared, stand_in
+from .scoring import first_of_group, score_full, score_shared, stand_in, worth_sharing
 
 __all__ = ["Policy"]
 
 # Logits of a scoring pass; more are computed a piece at a time, of so many.
 _MANY_LOGITS, _PIECE = 2**26, 2**23
-# Multiplications that sharing prompts must save, or the second pass costs more than it saves.
-_WORTH_SHARING = 1e9
 
 
 class Policy(nn.Module):
@@ -50,6 +49,8 @@ class Policy(nn.Module):
     Attributes:
         share_prompts: Whether the responses of a prompt share it: computed once in scoring, stored
             once while decoding. Decided by sizes if None; the values are the same to rounding.
+        cut_by_length: Whether scoring runs responses of like length together, where lengths differ
+            so much that it pays. The values are the same to rounding.
     """
 
     model: PreTrainedModel
@@ -70,6 +71,7 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.gradient_checkpointing = gradient_checkpointing
         self.share_prompts: bool | None = None
+        self.cut_by_length = True
         self._mesh: DeviceMesh | None = None
         self._can_be_cut: bool | None = None  # asked once
         self._answering_for: Preference | Literal["reference"] | None = None
@@ -131,7 +133,7 @@ class Policy(nn.Module):
         if next(self.conditioner.coefficients.parameters(), None) is not None:
             fully_shard(self.conditioner.coefficients, mesh=mesh)
         # Alike everywhere, whatever the sizes of the batches.
-        self.share_prompts, self._mesh = False, mesh
+        self.share_prompts, self.cut_by_length, self._mesh = False, False, mesh
 
     @property
     def is_sharded(self) -> bool:
@@ -280,20 +282,24 @@ class Policy(nn.Module):
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         share = self.share_prompts
         if share is None:
-            spared = len(groups) - int(groups.max()) - 1
-            share = spared * ids.shape[1] * self.model.num_parameters() >= _WORTH_SHARING
-        score = score_shared if share and not recomputes else score_full
+            share = worth_sharing(self.model, ids, groups)
+        share = share and not recomputes
+        score = score_shared if share else score_full
+        parts = self._bundles(rollout, mask, share or self.model.config.is_encoder_decoder)
         readout = self._readout(rollout, of_logits)
         with self.eval_mode(unless=recomputes):
             return score(
-                self.model,
-                ids,
-                mask,
-                rollout.response_ids,
-                groups,
-                self.rows,
-                readout,
+                self.model, ids, mask, rollout.response_ids, groups, parts, self.rows, readout
             )
+
+    def _bundles(self, rollout: Rollout, prompt_mask: Tensor, apart: bool) -> list[Bundle]:
+        masks = prompt_mask, rollout.response_mask
+        if not self.cut_by_length:
+            return [whole(*masks)]
+        asked = self._answering_for
+        in_runs = isinstance(asked, Preference) and self.conditioner.needs_runs(asked)
+        together = rollout.groups if in_runs else None
+        return bundles(self.model, *masks, prompts_apart=apart, together=together)
 
     def _readout(self, rollout: Rollout, of_logits: OfLogits) -> Readout:
         ids = rollout.response_ids

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as memoize
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+
+from .cache import shallow_copy
 
 __all__ = ["Prefix", "extend", "positions", "read_prompt", "run", "run_encoder"]
 
@@ -43,6 +45,10 @@ class Prefix:
     encoded: Tensor | None = None
     fixed: bool = False
     begun: bool = False
+
+    def copy(self) -> Prefix:
+        """The same, to be used up by itself."""
+        return replace(self, cache=shallow_copy(self.cache))
 
     def select(self, rows: Tensor) -> Prefix:
         """The prefixes at ``rows``, which may repeat; uses up this one's cache."""

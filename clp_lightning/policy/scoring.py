@@ -12,10 +12,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..types import Preference, Rollout
+from .lengths import Bundle, score_bundles
 from .prefix import accepted, extend, positions, read_prompt, run_encoder
 from .readout import Readout
 
-__all__ = ["first_of_group", "score_full", "score_shared", "stand_in"]
+__all__ = ["first_of_group", "score_full", "score_shared", "stand_in", "worth_sharing"]
+
+# Multiplications that sharing prompts must save, or the second pass costs more than it saves.
+_WORTH_SHARING = 1e9
 
 Rows = Callable[[Tensor], AbstractContextManager[None]]
 """Opens the preference for a batch whose rows are those of the rollout at an index."""
@@ -32,6 +36,12 @@ def first_of_group(groups: Tensor) -> Tensor:
     rows = torch.arange(len(groups), device=groups.device)
     start = torch.full((count,), len(groups), device=groups.device)
     return start.scatter_reduce(0, groups, rows, "amin")
+
+
+def worth_sharing(model: PreTrainedModel, input_ids: Tensor, groups: Tensor) -> bool:
+    """Whether to run each prompt once, shape (B, L), for all responses of its group, shape (B,)."""
+    spared = len(groups) - int(groups.max()) - 1
+    return spared * input_ids.shape[1] * model.num_parameters() >= _WORTH_SHARING
 
 
 def stand_in(rollout: Rollout) -> Rollout:
@@ -61,6 +71,7 @@ def score_shared(
     prompt_mask: Tensor,
     response_ids: Tensor,
     groups: Tensor,
+    bundles: list[Bundle],
     rows: Rows,
     readout: Readout,
 ) -> Tensor:
@@ -72,6 +83,7 @@ def score_shared(
         prompt_mask: True where a token stands, shape (B, L).
         response_ids: Shape (B, T).
         groups: Which responses share prompt and preference, shape (B,).
+        bundles: Responses that are run together.
         rows: Opens the preference of the rollout's rows at an index.
         readout: Reads off the logits what is wanted, for example log-probabilities.
 
@@ -80,14 +92,20 @@ def score_shared(
     """
     first = first_of_group(groups)
     with rows(first), readout.model_runs():
-        prefix = read_prompt(model, input_ids[first], prompt_mask[first]).select(groups)
-    with rows(torch.arange(len(groups), device=groups.device)):
-        start = readout(prefix.logits.unsqueeze(1), response_ids[:, :1])
-        if response_ids.shape[1] == 1:
-            return start
-        with readout.model_runs():
-            logits = extend(model, prefix, response_ids[:, :-1])
-        return torch.cat([start, readout(logits, response_ids[:, 1:])], dim=1)
+        prompts = read_prompt(model, input_ids[first], prompt_mask[first])
+
+    def score(bundle: Bundle) -> Tensor:
+        ids = response_ids[bundle.rows, : bundle.response]
+        prefix = prompts.copy().select(groups[bundle.rows])
+        with rows(bundle.rows):
+            start = readout(prefix.logits.unsqueeze(1), ids[:, :1])
+            if bundle.response == 1:
+                return start
+            with readout.model_runs():
+                logits = extend(model, prefix, ids[:, :-1])
+            return torch.cat([start, readout(logits, ids[:, 1:])], dim=1)
+
+    return score_bundles(bundles, response_ids.shape[1], score)
 
 
 def score_full(
@@ -96,6 +114,7 @@ def score_full(
     prompt_mask: Tensor,
     response_ids: Tensor,
     groups: Tensor,
+    bundles: list[Bundle],
     rows: Rows,
     readout: Readout,
 ) -> Tensor:
@@ -104,31 +123,38 @@ def score_full(
     Causal models run prompt and response of every row in one piece; encoder-decoder models
     still run each prompt's encoder once.
     """
-    everyone = torch.arange(len(groups), device=groups.device)
-    length = response_ids.shape[1]
     if model.config.is_encoder_decoder:
         first = first_of_group(groups)
         with rows(first):
             encoded = run_encoder(model, input_ids[first], prompt_mask[first])
-        start = response_ids.new_full((len(groups), 1), model.config.decoder_start_token_id)
-        with rows(everyone):
+
+    def seq2seq(bundle: Bundle) -> Tensor:
+        ids = response_ids[bundle.rows, : bundle.response]
+        start = ids.new_full((len(ids), 1), model.config.decoder_start_token_id)
+        with rows(bundle.rows):
             with readout.model_runs():
                 out = model(
-                    encoder_outputs=BaseModelOutput(last_hidden_state=encoded[groups]),
-                    attention_mask=prompt_mask,
-                    decoder_input_ids=torch.cat([start, response_ids[:, :-1]], dim=1),
+                    encoder_outputs=BaseModelOutput(last_hidden_state=encoded[groups[bundle.rows]]),
+                    attention_mask=prompt_mask[bundle.rows],
+                    decoder_input_ids=torch.cat([start, ids[:, :-1]], dim=1),
                     use_cache=False,
                 )
-            return readout(out.logits, response_ids)
-    ids = torch.cat([input_ids, response_ids[:, :-1]], dim=1)
-    seen = torch.ones_like(response_ids[:, :-1], dtype=torch.bool)
-    mask = torch.cat([prompt_mask, seen], dim=1)
-    with rows(everyone):
-        with readout.model_runs():
-            out = model(
-                input_ids=ids,
-                attention_mask=mask,
-                use_cache=False,
-                **accepted(model, position_ids=positions(mask), logits_to_keep=length),
-            )
-        return readout(out.logits[:, -length:], response_ids)
+            return readout(out.logits, ids)
+
+    def causal(bundle: Bundle) -> Tensor:
+        ids = response_ids[bundle.rows, : bundle.response]
+        read = torch.cat([input_ids[bundle.rows, -bundle.prompt :], ids[:, :-1]], dim=1)
+        seen = torch.ones_like(ids[:, :-1], dtype=torch.bool)
+        mask = torch.cat([prompt_mask[bundle.rows, -bundle.prompt :], seen], dim=1)
+        with rows(bundle.rows):
+            with readout.model_runs():
+                out = model(
+                    input_ids=read,
+                    attention_mask=mask,
+                    use_cache=False,
+                    **accepted(model, position_ids=positions(mask), logits_to_keep=bundle.response),
+                )
+            return readout(out.logits[:, -bundle.response :], ids)
+
+    score = seq2seq if model.config.is_encoder_decoder else causal
+    return score_bundles(bundles, response_ids.shape[1], score)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from clp_lightning import Policy, Rollout, Sampling, TransformersEngine
 from clp_lightning.policy import policy as policy_module
+from clp_lightning.policy import scoring
 from tests.helpers import build_policy, prompt_batch
 from tests.tiny import KINDS
 
@@ -78,7 +79,7 @@ def test_prompts_are_shared_where_it_pays(
     rollout = TransformersEngine().generate(policy, prompt_batch(PROMPTS), 3, Sampling(4))
     with policy.reference():
         few = policy.logprobs(rollout)
-        monkeypatch.setattr(policy_module, "_WORTH_SHARING", 1)
+        monkeypatch.setattr(scoring, "_WORTH_SHARING", 1)
         many = policy.logprobs(rollout)
     assert chosen == ["score_full", "score_shared"]
     mask = rollout.response_mask

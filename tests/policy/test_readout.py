@@ -167,6 +167,7 @@ def score_in_shards(rank: int, folder: str, model: Path) -> None:
     distributed.init_process_group("gloo", store, patience, rank=rank, world_size=2)
     policy = build_policy(model, Mixture("full", mixing="row"), perturb=0.05)
     policy.shard(init_device_mesh("cpu", (2,)))
+    assert not policy.cut_by_length  # by its own lengths, which are others elsewhere
     policy_module._PIECE = 1
     found = []
     for many in (2**26, 2 * len(VOCABULARY) * 7 + 1):
