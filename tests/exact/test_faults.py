@@ -133,23 +133,27 @@ def test_every_fault_at_every_rate(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "None"])
 def test_retries_lose_nothing(
-    kind: str, base_folder: Callable[[ExactTask], Path], tmp_path: Path
+    kind: str, rate: float, base_folder: Callable[[ExactTask], Path], tmp_path: Path
 ) -> None:
     options = {"on_reward_error": "raise", "reward_retries": 20}
     base = base_folder(ExactTask())
-    comparison, module, faulty = run(kind, 0.5, base, tmp_path, PASSES, **options)
+    comparison, module, faulty = run(kind, rate, base, tmp_path, PASSES, **options)
     assert faulty.faults and module.lost == 0
     assert comparison.precise and comparison.agrees, comparison
 
 
+@pytest.mark.parametrize(
+    "rate", [pytest.param(rate, marks=pytest.mark.slow) for rate in RATES[:-1]] + RATES[-1:]
+)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "None"])
 def test_raise_stops_at_the_first_fault(
-    kind: str, base_folder: Callable[[ExactTask], Path], tmp_path: Path
+    kind: str, rate: float, base_folder: Callable[[ExactTask], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(RewardError, match=r"Reward 'second' .* Prompt: .* Completion: "):
-        run(kind, 0.5, base_folder(ExactTask()), tmp_path, 20)
+        run(kind, rate, base_folder(ExactTask()), tmp_path, round(10 / rate))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "None"])
