@@ -123,6 +123,7 @@ JOBS: dict[str, tuple[list[str], list[Number]]] = {
         ["generation.py", "--size", "smollm2-lora", "--rounds", "4"],
         [GENERATE],
     ),
+    "lengths": (["lengths.py", "--size", "10m", "--new-tokens", "64"], []),
     "quickstart": (
         ["quickstart.py"],
         [Number("quickstart against before this work", r"ratio now/before: ([\d.]+)", 0.6)],

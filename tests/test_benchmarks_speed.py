@@ -18,6 +18,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     monkeypatch.syspath_prepend(str(FOLDER))
     import conditioning
     import generation
+    import lengths
     import loops
     import report
     import scaling
@@ -28,6 +29,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     modules: list[ModuleType] = [
         conditioning,
         generation,
+        lengths,
         loops,
         report,
         scaling,
@@ -137,6 +139,15 @@ def test_scaling_runs_and_draws(
 def test_growth_is_an_exponent(scripts: dict[str, Any]) -> None:
     before, after = {"value": 2, "cost": 3.0}, {"value": 4, "cost": 12.0}
     assert math.isclose(scripts["scaling"].slope(before, after), 2.0)
+
+
+def test_lengths_tells_of_every_law(
+    scripts: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scripts["lengths"].main(QUICK) == 0
+    *_, uniform, geometric, equal = capsys.readouterr().out.splitlines()
+    assert uniform.startswith("uniform ") and geometric.startswith("geometric ")
+    assert "4.0 of 4 tokens" in equal and "; ratio " in equal
 
 
 def test_generation_samples_as_many_tokens_on_both_sides(
