@@ -42,6 +42,8 @@ class KillAt(Callback):
         return phase == self.phase and self.entries == self.entry
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not hasattr(pl_module, "engine"):  # nothing is sampled
+            return
         engine: Any = pl_module.engine
         generate = engine.generate
 
