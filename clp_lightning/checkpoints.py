@@ -12,21 +12,22 @@ LAST = "last.ckpt"
 """The newest checkpoint of a run."""
 PREVIOUS = "previous.ckpt"
 """The one before it, beside it."""
+_OF_SHARDS = "meta.pt"  # in a checkpoint that is a folder
 
 
 def checkpoint_file(run: str | Path) -> Path:
     """The checkpoint of ``run``: a .ckpt file, or a run folder with checkpoints/last.ckpt.
 
-    Where that is damaged it is the one before, with a warning.
+    Where that is missing or damaged it is the one before, with a warning.
 
     Raises:
         FileNotFoundError: says where it was looked for.
         ValueError: the file is damaged.
     """
     path = Path(run)
-    if path.is_dir():
+    if path.is_dir() and path.suffix != ".ckpt":
         path = path / "checkpoints" / LAST
-    if not path.is_file():
+    if not path.exists() and not (path.name == LAST and path.with_name(PREVIOUS).is_file()):
         raise FileNotFoundError(
             f"There is no checkpoint at {path}. Give a .ckpt file or the folder of a run "
             "(its trainer.log_dir)."
@@ -39,11 +40,12 @@ def checkpoint_file(run: str | Path) -> Path:
 
 def damaged(path: str | Path, found: str | Path) -> str:
     """Says that ``found`` is read instead of ``path``."""
-    return f"The checkpoint {path} is damaged; {found}, the one before it, is taken."
+    how = "damaged" if Path(path).exists() else "missing"
+    return f"The checkpoint {path} is {how}; {found}, the one before it, is taken."
 
 
 def readable(path: str | Path, *, thorough: bool = False) -> Path:
-    """``path``; for a damaged last.ckpt the one before it, if that is whole.
+    """``path``; for a last.ckpt that is missing or damaged the one before it, if that is whole.
 
     Args:
         path: A checkpoint.
@@ -53,11 +55,15 @@ def readable(path: str | Path, *, thorough: bool = False) -> Path:
         ValueError: neither is whole; see ``check_readable``.
     """
     path = Path(path)
+    before = path.with_name(PREVIOUS)
+    has_before = path.name == LAST and before.is_file()
+    if has_before and not path.exists():
+        check_readable(before, thorough=thorough)
+        return before
     try:
         check_readable(path, thorough=thorough)
     except ValueError as error:
-        before = path.with_name(PREVIOUS)
-        if path.name != LAST or not before.is_file():
+        if not has_before or path.is_dir():
             raise
         try:
             check_readable(before, thorough=thorough)
@@ -77,6 +83,11 @@ def check_readable(path: str | Path, *, thorough: bool = False) -> None:
     Raises:
         ValueError: naming the file, from the error that says what is wrong with it.
     """
+    if Path(path).is_dir() and not Path(path, _OF_SHARDS).is_file():
+        raise ValueError(
+            f"The checkpoint {path} is a folder, and not one that Lightning writes. Remove or "
+            f"rename it; the run goes on from {PREVIOUS} beside it, if there is one."
+        )
     if not Path(path).is_file():  # a folder of shards, or remote: left to Lightning
         return
     try:

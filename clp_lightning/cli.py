@@ -87,8 +87,10 @@ class RunConfig(SaveConfigCallback):
         super().__init__(*args, **{**kwargs, "overwrite": True})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":  # evaluating a run does not change how it was trained
-            super().setup(trainer, pl_module, stage)
+        """Evaluating a run does not change how it was trained; nor does a resume that is refused."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
 
 
 def main(args: Sequence[str] | None = None, run: bool = True) -> CLI:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ..checkpoints import LAST, PREVIOUS, damaged
 from ..modules.checkpoint import DurableCheckpointIO
-from .loggers import go_on
+from .loggers import go_on, put_back
 
 __all__ = ["RunCheckpoint", "save_first"]
 
@@ -27,7 +29,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     ``checkpoints/last.ckpt`` is written with every save and once more at the end of training, and a
     new run in the same folder replaces it. It is synced before it gets its name, and the one before
-    stays as ``previous.ckpt``, which is loaded (with a warning) should the last be damaged.
+    stays as ``previous.ckpt``, which is loaded (with a warning) should the last be damaged or gone.
 
     On SIGTERM the run finishes its optimizer step, saves and leaves with status 143; during a front
     it leaves at once, to the checkpoint that there is. ``fit --ckpt_path last`` goes on. What was
@@ -73,6 +75,19 @@ class RunCheckpoint(ModelCheckpoint):
             mapped = isinstance(trainer.strategy, ModelParallelStrategy)
             trainer.strategy.checkpoint_io = DurableCheckpointIO(mapped)
 
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """What Lightning takes for ``ckpt_path="last"``; without a last one the one before."""
+        if found := super()._find_last_checkpoints(trainer):
+            return found
+        self.CHECKPOINT_NAME_LAST = Path(PREVIOUS).stem
+        try:
+            found = super()._find_last_checkpoints(trainer)
+        finally:
+            del self.CHECKPOINT_NAME_LAST  # the class has another
+        for path in found:
+            rank_zero_warn(damaged(Path(path).with_name(LAST), path))
+        return found
+
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -97,6 +112,12 @@ class RunCheckpoint(ModelCheckpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A validation is logged with the number of the step before it, and will be again.
         go_on(trainer.loggers, self._steps_done - self._validation_due)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        put_back(trainer.loggers)
+        super().on_exception(trainer, pl_module, exception)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

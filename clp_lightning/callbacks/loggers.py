@@ -20,7 +20,7 @@ from ..tables import markdown_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["go_on", "log_figure", "log_table", "set_aside"]
+__all__ = ["go_on", "log_figure", "log_table", "put_back", "set_aside"]
 
 
 def log_figure(loggers: Iterable[Logger], name: str, figure: Figure, step: int) -> None:
@@ -87,6 +87,20 @@ def set_aside(loggers: Iterable[Logger]) -> None:
             # Rows set aside by a start that was killed are the older ones, and all there are.
             if rows.is_file() and not kept.exists():
                 os.replace(rows, kept)
+
+
+@rank_zero_only
+def put_back(loggers: Iterable[Logger]) -> None:
+    """Undoes ``set_aside`` where the run ends before ``go_on``: its checkpoint was refused, say.
+
+    Args:
+        loggers: ``trainer.loggers``.
+    """
+    for logger in loggers:
+        if isinstance(logger, CSVLogger):
+            rows, kept = _csv_files(logger)
+            if kept.exists():
+                os.replace(kept, rows)
 
 
 @rank_zero_only

@@ -13,12 +13,13 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
 
 from ..checkpoints import LAST, PREVIOUS, damaged, readable
 from .gathered import gather_checkpoints
 from .sharding import check_strategy
 
-__all__ = ["DurableCheckpointIO", "WholeCheckpoints", "warn_of_other_rewards"]
+__all__ = ["DurableCheckpointIO", "WholeCheckpoints", "check_optimizer", "warn_of_other_rewards"]
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -109,12 +110,29 @@ class WholeCheckpoints(Callback):
 
     Raises:
         ValueError: in ``setup``, if the strategy would write folders of shards, or splits weights
-            in a way of its own.
+            in a way of its own; before a run goes on, if it has another optimizer.
     """
+
+    _stored_optimizers: list[dict[str, Any]]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_strategy(trainer.strategy)
         gather_checkpoints(trainer, stage)
+        self._stored_optimizers = []
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._stored_optimizers = checkpoint.get("optimizer_states", [])
+        self._check_optimizers(trainer)  # where the strategy has set them up by now
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_optimizers(trainer)
+        self._stored_optimizers = []  # several times the size of the weights
+
+    def _check_optimizers(self, trainer: Trainer) -> None:
+        for own, stored in zip(trainer.optimizers, self._stored_optimizers, strict=False):
+            check_optimizer(own, stored)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -123,6 +141,29 @@ class WholeCheckpoints(Callback):
             readable(trainer.ckpt_path or "")
         except ValueError as error:
             exception.add_note(str(error))
+
+
+def check_optimizer(own: Optimizer, stored: dict[str, Any]) -> None:
+    """Refuses the state of an optimizer of another kind, which torch loads and stumbles over.
+
+    Args:
+        own: Has its parameters.
+        stored: ``state_dict()`` of the one that the checkpoint was trained with.
+
+    Raises:
+        ValueError: each has settings that the other does not know.
+    """
+    names, others = (
+        {name for group in groups for name in group} - {"initial_lr", "name", "params"}
+        for groups in (own.param_groups, stored.get("param_groups", []))
+    )
+    lost, new = sorted(others - names), sorted(names - others)
+    if lost and new:
+        raise ValueError(
+            f"`optimizer` is {type(own).__name__}, but that of the checkpoint has "
+            f"{', '.join(lost)} and not {', '.join(new)}. Go on with the optimizer that it was "
+            "trained with."
+        )
 
 
 def warn_of_other_rewards(stored: dict[str, Any], own: dict[str, Any]) -> None:
