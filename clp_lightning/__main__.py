@@ -76,6 +76,10 @@ def run(args: list[str] | None = None) -> None:
             raise
         _refuse(f"{in_short(str(error))}{_remedy(error)}")
     except (RuntimeError, MemoryError) as error:
+        if "Early stopping conditioned on metric" in str(error):  # Lightning's, and says it all
+            if os.environ.get("CLP_LIGHTNING_TRACEBACK"):
+                raise
+            _refuse(str(error).replace("Early stopping", "EarlyStopping.monitor: it is", 1))
         of_torch = "allocate memory" in str(error) or "out of memory" in str(error).lower()
         if not of_torch and not isinstance(error, MemoryError):
             raise

@@ -18,7 +18,7 @@ from .callbacks import FrontCallback, PredictionsCallback
 from .callbacks.loggers import set_aside
 from .checkpoints import checkpoint_file
 from .keys import refuse_repeated_keys
-from .mistakes import ShortErrors, refuse_nulls
+from .mistakes import ShortErrors, refuse_no_values
 
 __all__ = ["CLI", "main"]
 
@@ -47,12 +47,18 @@ class CLI(LightningCLI):
             raise ValueError(f"seed_everything: {error}.") from error
 
     def before_instantiate_classes(self) -> None:
-        """Refuses nulls where there may be none; lets ``--ckpt_path`` name a run folder."""
+        """Refuses what is no value; lets ``--ckpt_path`` name a run folder."""
         config = self.config.get(self.subcommand, {}) if self.subcommand else {}
         given: Any = config or self.config
         said = given.as_dict()
-        refuse_nulls(said.pop("trainer"), Trainer, "trainer")
-        refuse_nulls(said)
+        trainer = said.pop("trainer")
+        refuse_no_values(trainer, Trainer, "trainer")
+        refuse_no_values(said)
+        if (clip := trainer.get("gradient_clip_val") or 0) < 0:  # which Lightning takes for none
+            raise ValueError(
+                f"trainer.gradient_clip_val must be above 0; got {clip}. Leave it out for no "
+                "clipping."
+            )
         path = config.get("ckpt_path")
         if path is None and self.subcommand in ("validate", "test", "predict"):
             rank_zero_warn(
@@ -87,10 +93,16 @@ class RunConfig(SaveConfigCallback):
         super().__init__(*args, **{**kwargs, "overwrite": True})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Evaluating a run does not change how it was trained; nor does a resume that is refused."""
+        """Evaluating does not change how a run was trained; nor does a resume that is refused."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().setup(trainer, pl_module, "fit")
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        try:
+            super().setup(trainer, pl_module, "fit")
+        except TypeError as error:  # jsonargparse's, of a path that cannot be written
+            raise OSError(
+                f"The run's config.yaml cannot be written in {trainer.log_dir}: {error}. Give "
+                "another save_dir of the logger, or without one another trainer.default_root_dir."
+            ) from error
 
 
 def main(args: Sequence[str] | None = None, run: bool = True) -> CLI:

@@ -12,6 +12,7 @@ from typing import Any
 
 __all__ = [
     "Described",
+    "check_bound",
     "check_choice",
     "check_finite",
     "describe",
@@ -75,6 +76,22 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> Any:
     if value not in allowed:
         *first, last = map(repr, allowed)
         raise ValueError(f"{name} must be {', '.join(first)} or {last}; got {value!r}.")
+    return value
+
+
+def check_bound(name: str, value: float | None) -> float | None:
+    """``value`` itself, if it is above 0 or None, for no bound.
+
+    Raises:
+        ValueError: naming the argument.
+
+    Example:
+        >>> check_bound("max_kl", -1.0)
+        Traceback (most recent call last):
+        ValueError: max_kl must be above 0; got -1.0. Leave it out for no bound.
+    """
+    if value is not None and not value > 0:
+        raise ValueError(f"{name} must be above 0; got {value}. Leave it out for no bound.")
     return value
 
 

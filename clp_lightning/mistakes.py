@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import math
 import os
 import re
 import sys
@@ -23,7 +24,7 @@ from typing import (
     get_origin,
 )
 
-__all__ = ["ShortErrors", "in_short", "refuse_nulls"]
+__all__ = ["ShortErrors", "in_short", "refuse_no_values"]
 
 _WIDTH = 160
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)':")
@@ -166,10 +167,11 @@ def _described(value: str) -> str:
     return f"{type(read).__name__} {shown}" if not isinstance(read, str) else shown
 
 
-def refuse_nulls(given: Any, owner: Any = None, where: str = "") -> None:
-    """Raises where a config says null and the class that it is for takes none.
+def refuse_no_values(given: Any, owner: Any = None, where: str = "") -> None:
+    """Raises where a config says nan, or null where the class that it is for takes none.
 
-    jsonargparse lets every null pass, and the class would stumble over it somewhere.
+    jsonargparse lets both pass. The class would stumble over them somewhere, or compare with nan
+    and find every number good.
 
     Args:
         given: A parsed config, of dicts and lists.
@@ -180,20 +182,26 @@ def refuse_nulls(given: Any, owner: Any = None, where: str = "") -> None:
         ValueError: names the argument and what it takes.
 
     Example:
-        >>> refuse_nulls({"seed": 1, "size": None}, lambda seed, size: None)
+        >>> refuse_no_values({"seed": 1, "size": None}, lambda seed, size: None)
         >>> def function(size: int = 3) -> None: ...
-        >>> refuse_nulls({"size": None}, function, "model")
+        >>> refuse_no_values({"size": None}, function, "model")
         Traceback (most recent call last):
         ...
         ValueError: model.size is null, but takes int; leave the line out for its default, 3.
+        >>> refuse_no_values({"sizes": [1.0, float("nan")]}, None, "model")
+        Traceback (most recent call last):
+        ...
+        ValueError: model.sizes.1 is nan, which is no number; give one, or leave the line out.
     """
+    if _is_nan(given):
+        raise ValueError(f"{where} is nan, which is no number; give one, or leave the line out.")
     if isinstance(given, list):
         for i, each in enumerate(given):
-            refuse_nulls(each, None, f"{where}.{i}")
+            refuse_no_values(each, None, f"{where}.{i}")
     if not isinstance(given, dict):
         return
     if isinstance(path := given.get("class_path"), str):
-        refuse_nulls(given.get("init_args"), _found(path), f"{where}.init_args")
+        refuse_no_values(given.get("init_args"), _found(path), f"{where}.init_args")
         return
     accepted = _parameters(owner)
     for name, value in given.items():
@@ -205,7 +213,12 @@ def refuse_nulls(given: Any, owner: Any = None, where: str = "") -> None:
             if kept is inspect.Parameter.empty:
                 remedy = "it has no default"
             raise ValueError(f"{place} is null, but takes {takes}; {remedy}.")
-        refuse_nulls(value, _dataclass_of(accepted.get(name)), place)
+        if not (_is_nan(value) and name in accepted and _is_nan(accepted[name].default)):
+            refuse_no_values(value, _dataclass_of(accepted.get(name)), place)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _dataclass_of(parameter: inspect.Parameter | None) -> Any:

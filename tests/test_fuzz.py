@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from clp_lightning.mistakes import in_short, refuse_nulls
+from clp_lightning.mistakes import in_short, refuse_no_values
 from tests.damage import Trial, mutated, refusal
 
 TYPO = """\
@@ -50,7 +51,7 @@ class Nullable:
 
 
 class Inherits(Nullable):
-    def __init__(self, more: float = 0.5, **kwargs: Any) -> None:
+    def __init__(self, more: float = 0.5, odd: float = math.nan, **kwargs: Any) -> None:
         super().__init__(**kwargs)
 
 
@@ -65,6 +66,8 @@ class Inherits(Nullable):
             {"more": None},
             r"init_args\.more is null, but takes float; leave the line out .*, 0\.5\.",
         ),
+        ({"more": math.nan}, r"model\.parts\.0\.init_args\.more is nan, which is no number"),
+        ({"odd": math.nan}, None),  # as by default
         ({"size": 3, "name": None, "kind": None, "unknown": None}, None),
     ],
 )
@@ -74,10 +77,10 @@ def test_null_is_refused_where_a_class_takes_none(
     part = {"class_path": f"{__name__}.Inherits", "init_args": arguments}
     config = {"seed": None, "model": {"parts": [part]}}
     if message is None:
-        refuse_nulls(config)
+        refuse_no_values(config)
         return
     with pytest.raises(ValueError, match=message):
-        refuse_nulls(config)
+        refuse_no_values(config)
 
 
 @dataclass
@@ -95,11 +98,11 @@ def holds(
 
 
 def test_null_is_judged_by_the_alternatives_of_a_type() -> None:
-    refuse_nulls({"one": None, "mode": None, "sized": {"size": None}}, holds)
+    refuse_no_values({"one": None, "mode": None, "sized": {"size": None}}, holds)
     with pytest.raises(ValueError, match="free is null"):
-        refuse_nulls({"free": None}, holds)
+        refuse_no_values({"free": None}, holds)
     with pytest.raises(ValueError, match=r"alone\.size is null, but takes int"):
-        refuse_nulls({"alone": {"size": None}}, holds)
+        refuse_no_values({"alone": {"size": None}}, holds)
 
 
 @pytest.mark.parametrize(

@@ -113,3 +113,35 @@ def test_it_is_told(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=rf"{last} is missing; .*previous\.ckpt, the one before"):
         trainer.fit(make_module(tiny_folder()), make_data(tmp_path), ckpt_path="last")
     assert trainer.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        (
+            {
+                "callbacks": [
+                    {
+                        "class_path": "EarlyStopping",
+                        "init_args": {"monitor": "val/valu", "check_on_train_epoch_end": True},
+                    }
+                ]
+            },
+            "EarlyStopping.monitor: .*`val/valu` which is not available.*`train/value`",
+        ),
+        ({"gradient_clip_val": float("nan")}, "trainer.gradient_clip_val is nan, which is no"),
+        ({"gradient_clip_val": -1}, "trainer.gradient_clip_val must be above 0; got -1. Leave it"),
+        ({"logger": False}, r"config.yaml cannot be written in .*another trainer.default_root_dir"),
+    ],
+)
+def test_a_trainer_that_cannot_be(
+    trainer: dict[str, Any], message: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = run_config(tmp_path, tiny_folder(), limit_val_batches=0, max_steps=1)
+    callbacks = [{"class_path": "CLPCallback"}, *trainer.pop("callbacks", [])]
+    config["trainer"] |= {"default_root_dir": str(tmp_path / "root"), "callbacks": callbacks}
+    config["trainer"] |= {"limit_train_batches": 2, **trainer}
+    (tmp_path / "root/config.yaml").mkdir(parents=True)  # where a file should be
+    command = ["fit", "--config", write_config(tmp_path / "run.yaml", config)]
+    assert in_child(silent, command, tmp_path / "log.txt") == 2
+    assert re.search(message, told(tmp_path / "log.txt")), told(tmp_path / "log.txt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,8 @@ class Front(Metric):
                 f"reference_point needs one number for each of {list(names)}, "
                 f"got {list(reference_point)}."
             )
+        if not all(math.isfinite(number) for number in reference_point or ()):
+            raise ValueError(f"reference_point must be finite; got {list(reference_point or ())}.")
         self.names, self.grid = list(names), grid
         self.reference_point = reference_point
         self.add_state("keys", [], dist_reduce_fx="cat")

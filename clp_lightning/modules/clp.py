@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..conditioning import Conditioner
-from ..described import check_choice, check_finite, describe, import_path
+from ..described import check_bound, check_choice, check_finite, describe, import_path
 from ..functional.advantage import has_siblings
 from ..keyed import resolve_seed
 from ..metrics import Grid
@@ -74,7 +74,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         std_floor: Least deviation a reward is divided by, one for all or by name.
         on_reward_error: Stop at a reward that fails on a sample, or drop the sample and count it.
         reward_retries: How often a failing reward is asked again before that, after 1, 2, 4, ...
-            seconds.
+            and at most 60 seconds.
         reward_timeout: Seconds that a call of a reward may take; no limit if None.
         max_dropped: Share of the responses of ten steps that may be dropped before the run stops.
         lr: Learning rate of the copies.
@@ -141,8 +141,8 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         self.seed, temperature = resolve_seed(seed), float(temperature)
         encoding = Encoding(max_prompt_tokens, on_long, chat_template_kwargs)
         policy = Policy(pretrained, conditioner, encoding, temperature, gradient_checkpointing)
-        faults: dict[str, Any] = {"retries": reward_retries, "timeout": reward_timeout}
-        bank = RewardBank(rewards, std_floor=std_floor, on_error=on_reward_error, **faults)
+        faults = (on_reward_error, reward_retries, 1.0, reward_timeout)
+        bank = RewardBank(rewards, None, std_floor, *faults)
         schedule = (warmup_steps, lr_decay, optimizer, lr_scheduler)
         super().__init__(policy, lr, lr_shared, weight_decay, *schedule)
         least = 2 if critic is None else 1
@@ -167,7 +167,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         check_sizes(statistics_prompts, statistics_samples)
         self.statistics_prompts = statistics_prompts
         self.statistics_samples = statistics_samples
-        self.max_kl = max_kl
+        self.max_kl = check_bound("max_kl", max_kl)
         self.describe_sweep(grid, small_grid, eval_samples, eval_rows, reference_point)
         self.engine = engine or TransformersEngine()
         self.sampling = Sampling(max_new_tokens, temperature, seed=self.seed)

@@ -67,11 +67,11 @@ class RewardBank(nn.Module):
         statistics: Name to mean and standard deviation, to set them by hand.
         std_floor: Least standard deviation to divide by, of all rewards or by name; 1e-3 for
             those not named.
-        on_error: What a failing reward does: ``raise`` stops the run, ``drop`` leaves the
+        on_reward_error: What a failing reward does: ``raise`` stops the run, ``drop`` leaves the
             responses concerned out and counts them in ``dropped``.
-        retries: How often a failing reward is asked again before that.
-        retry_wait: Seconds before it is asked again; twice as long each time.
-        timeout: Seconds that a call of a reward may take, each try apart; no limit if None.
+        reward_retries: How often a failing reward is asked again before that.
+        reward_retry_wait: Seconds before it is asked again; twice as long each time, up to 60.
+        reward_timeout: Seconds that a call of a reward may take, each try apart; no limit if None.
 
     Attributes:
         names: Names of the rewards; the order of every K axis.
@@ -96,10 +96,10 @@ class RewardBank(nn.Module):
         rewards: Mapping[str, Reward | Callable[..., Any] | str],
         statistics: Mapping[str, Sequence[float]] | None = None,
         std_floor: float | Mapping[str, float] = 1e-3,
-        on_error: OnError = "raise",
-        retries: int = 0,
-        retry_wait: float = 1.0,
-        timeout: float | None = None,
+        on_reward_error: OnError = "raise",
+        reward_retries: int = 0,
+        reward_retry_wait: float = 1.0,
+        reward_timeout: float | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(rewards, Mapping):
@@ -116,7 +116,9 @@ class RewardBank(nn.Module):
                 f"Some of {[*rewards]} differ in upper and lower case only, but each has a folder "
                 "of its name in a saved policy; rename one."
             )
-        self.faults = FaultPolicy(on_error, retries, retry_wait, timeout)
+        self.faults = FaultPolicy(
+            on_reward_error, reward_retries, reward_retry_wait, reward_timeout
+        )
         # A plain dict: heads are frozen and stay out of parameters, state and train().
         self.rewards = {name: _as_reward(name, reward) for name, reward in rewards.items()}
         self.names = list(self.rewards)
@@ -177,7 +179,7 @@ class RewardBank(nn.Module):
                 ``epoch``.
 
         Raises:
-            RewardError: naming reward, prompt and completion; unless ``on_error`` is ``drop``.
+            RewardError: naming reward, prompt and completion; not where faults drop responses.
         """
         return self.answers([self.ask(rollout, trainer_state)])
 

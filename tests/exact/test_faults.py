@@ -90,7 +90,7 @@ def run(
     def make(base: str, conditioner: Any, rewards: dict[str, Any], **arguments: Any) -> CLPModule:
         faulty = Faulty(rewards["second"], kind, rate)
         made.extend([Watched(base, conditioner, rewards | {"second": faulty}, **arguments), faulty])
-        made[0].rewards.faults.retry_wait = 0.0
+        made[0].rewards.faults.reward_retry_wait = 0.0
         return made[0]
 
     # None is no fault but an abstention: no signal from that reward, and so from all its scores

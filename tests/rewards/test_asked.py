@@ -36,7 +36,7 @@ def make(**options: Any) -> RewardBank:
 @pytest.mark.parametrize("sizes", [(6,), (1, 5), (2, 1, 3)], ids=str)
 def test_answers_to_parts_are_those_to_the_whole(sizes: tuple[int, ...]) -> None:
     whole = rollout(TEXTS, document=[*"uvwxyz"])
-    one, several = make(on_error="drop"), make(on_error="drop")
+    one, several = make(on_reward_error="drop"), make(on_reward_error="drop")
     expected = one(whole)
     parts = [several.ask(whole.select(rows)) for rows in torch.arange(6).split(list(sizes))]
     assert several.are_about(parts, whole)

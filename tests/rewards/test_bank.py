@@ -43,8 +43,8 @@ def test_names() -> None:
             RewardBank({name: length})
     with pytest.raises(ValueError, match="'x' is a int"):
         RewardBank({"x": 3})  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match="on_error"):
-        RewardBank({"x": length}, on_error="ignore")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="on_reward_error"):
+        RewardBank({"x": length}, on_reward_error="ignore")  # type: ignore[arg-type]
 
 
 def test_missing_columns_are_named() -> None:

@@ -105,7 +105,7 @@ def test_a_fault_names_reward_prompt_and_completion(fault: str) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_drop_leaves_out_the_response_and_counts_it(fault: str) -> None:
     function, _ = FAULTS[fault]
-    bank = RewardBank({"fine": length, "faulty": function}, on_error="drop")
+    bank = RewardBank({"fine": length, "faulty": function}, on_reward_error="drop")
     for count in (1, 2):
         scores = bank(rollout(["good", "bad", "also good"]))
         assert scores.kept.tolist() == [True, False, True]
@@ -144,7 +144,7 @@ def test_a_list_that_cannot_be_read_is_a_fault() -> None:
 
 
 def test_a_fault_of_the_whole_batch_drops_all() -> None:
-    bank = RewardBank({"faulty": returning("0.5")}, on_error="drop")
+    bank = RewardBank({"faulty": returning("0.5")}, on_reward_error="drop")
     scores = bank(rollout(["a", "b"]))
     assert not scores.kept.any()
     assert scores.raw.isnan().all()
@@ -153,7 +153,7 @@ def test_a_fault_of_the_whole_batch_drops_all() -> None:
 
 
 def test_a_reward_that_always_fails_says_why() -> None:
-    bank = RewardBank({"fine": length, "faulty": raising}, on_error="drop")
+    bank = RewardBank({"fine": length, "faulty": raising}, on_reward_error="drop")
     raw = bank(rollout(["bad", "bad"])).raw
     with pytest.raises(ValueError, match="'faulty' scored none of 2 .*it raised KeyError: 'score'"):
         bank.fit(raw)
@@ -175,7 +175,7 @@ def test_what_is_left_after_a_drop_is_scored_together() -> None:
         raising(completions)
         return [float(sorted(completions).index(c)) for c in completions]
 
-    scores = RewardBank({"rank": rank}, on_error="drop")(rollout(["b", "bad", "a", "c"]))
+    scores = RewardBank({"rank": rank}, on_reward_error="drop")(rollout(["b", "bad", "a", "c"]))
     torch.testing.assert_close(scores.raw[:, 0], torch.tensor([1, nan, 0, 2]), equal_nan=True)
 
 

@@ -96,7 +96,9 @@ def test_a_fault_is_told_left_out_or_given_no_score(
         if fault != "silence":  # with a timeout that short, a busy machine may be late as well
             assert server.questions.count("good") == 1  # nobody is asked again to find the one
 
-        bank = RewardBank({"also": length, "judge": make(server, timeout=timeout)}, on_error="drop")
+        bank = RewardBank(
+            {"also": length, "judge": make(server, timeout=timeout)}, on_reward_error="drop"
+        )
         scores = bank(batch)
         assert scores.kept.tolist() == [True, False, True]
         assert bank.dropped == 1
@@ -129,7 +131,7 @@ def test_a_server_that_is_never_well_is_asked_as_often_as_allowed(
     make: Callable[..., Judge],
 ) -> None:
     with serving(lambda *_: soon(503)) as server:
-        bank = RewardBank({"judge": make(server, max_retries=3)}, on_error="drop")
+        bank = RewardBank({"judge": make(server, max_retries=3)}, on_reward_error="drop")
         with pytest.warns(UserWarning, match="status 503"):
             scores = bank(rollout(["a", "b"]))
         assert not scores.kept.any() and scores.raw.isnan().all()

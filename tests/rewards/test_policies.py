@@ -52,7 +52,13 @@ class Flaky:
 @pytest.mark.parametrize("on_error", ["raise", "drop"])
 def test_retry_heals_what_passes(on_error: Any) -> None:
     flaky = Flaky("raise", "short", "slow")
-    bank = RewardBank({"faulty": flaky}, on_error=on_error, retries=3, retry_wait=0.0, timeout=0.1)
+    bank = RewardBank(
+        {"faulty": flaky},
+        on_reward_error=on_error,
+        reward_retries=3,
+        reward_retry_wait=0.0,
+        reward_timeout=0.1,
+    )
     scores = bank(rollout(["a", "b"]))
     assert scores.raw.tolist() == [[1.0], [1.0]]
     assert scores.kept.all() and bank.dropped == 0 and len(flaky.asked) == 4
@@ -60,18 +66,25 @@ def test_retry_heals_what_passes(on_error: Any) -> None:
 
 def test_only_the_responses_that_it_failed_on_are_asked_again() -> None:
     flaky = Flaky("exception", "nan")
-    scores = RewardBank({"faulty": flaky}, retries=2, retry_wait=0.0)(rollout(["a", "b", "c"]))
+    scores = RewardBank({"faulty": flaky}, reward_retries=2, reward_retry_wait=0.0)(
+        rollout(["a", "b", "c"])
+    )
     assert flaky.asked == [["a", "b", "c"], ["c"], ["c"]]
     assert scores.raw.tolist() == [[1.0]] * 3
 
 
 def test_what_comes_after_the_last_try() -> None:
-    bank = RewardBank({"faulty": Flaky(*["nan"] * 3)}, retries=2, retry_wait=0.0)
+    bank = RewardBank({"faulty": Flaky(*["nan"] * 3)}, reward_retries=2, reward_retry_wait=0.0)
     with pytest.raises(
         RewardError, match=r"returned nan .*, 3 times in a row\. Prompt: 'prompt 1' Completion: 'b'"
     ):
         bank(rollout(["a", "b"]))
-    bank = RewardBank({"faulty": Flaky(*["nan"] * 3)}, on_error="drop", retries=2, retry_wait=0.0)
+    bank = RewardBank(
+        {"faulty": Flaky(*["nan"] * 3)},
+        on_reward_error="drop",
+        reward_retries=2,
+        reward_retry_wait=0.0,
+    )
     scores = bank(rollout(["a", "b"]))
     assert scores.kept.tolist() == [True, False] and bank.dropped == 1
 
@@ -79,12 +92,32 @@ def test_what_comes_after_the_last_try() -> None:
 def test_it_waits_twice_as_long_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(faults.time, "sleep", waited.append)
-    RewardBank({"faulty": Flaky(*["raise"] * 3)}, retries=3, retry_wait=0.5)(rollout(["a"]))
+    RewardBank({"faulty": Flaky(*["raise"] * 3)}, reward_retries=3, reward_retry_wait=0.5)(
+        rollout(["a"])
+    )
     assert waited == [0.5, 1.0, 2.0]
+    waited.clear()
+    bank = RewardBank({"faulty": Flaky(*["raise"] * 1100)}, reward_retries=1100)
+    bank(rollout(["a"]))  # 2 ** 1099 is no float
+    assert waited[:8] == [1, 2, 4, 8, 16, 32, 60, 60] and set(waited[8:]) == {60.0}
+
+
+@pytest.mark.parametrize("limit", [math.inf, 1e12, 1e300])
+def test_a_limit_beyond_the_clock_is_none(limit: float) -> None:
+    async def later(completions: list[str], **_: Any) -> list[float]:
+        await asyncio.sleep(0.01)
+        return [1.0 for _ in completions]
+
+    def slow(completions: list[str], **_: Any) -> list[float]:
+        time.sleep(0.01)
+        return [1.0 for _ in completions]
+
+    bank = RewardBank({"slow": slow, "later": later}, reward_timeout=limit)
+    assert bank(rollout(["a"])).raw.tolist() == [[1.0, 1.0]]
 
 
 def test_the_first_fault_that_is_survived_is_told_once() -> None:
-    bank = RewardBank({"faulty": Flaky(*["nan"] * 3)}, on_error="drop")
+    bank = RewardBank({"faulty": Flaky(*["nan"] * 3)}, on_reward_error="drop")
     batch = rollout(["a", "b"])
     with pytest.warns(UserWarning, match="'faulty' returned nan.*loses the resp.*bias"):
         bank(batch)
@@ -113,8 +146,10 @@ def test_a_reward_that_hangs_is_given_up(reward: Callable[..., Any]) -> None:
     with pytest.raises(
         RewardError, match=r"'faulty' did not answer within 0\.1 s\. Prompt: 'prompt 0' Comp"
     ):
-        RewardBank({"faulty": reward}, timeout=0.1)(batch)
-    bank = RewardBank({"fine": length, "faulty": reward}, on_error="drop", timeout=0.1)
+        RewardBank({"faulty": reward}, reward_timeout=0.1)(batch)
+    bank = RewardBank(
+        {"fine": length, "faulty": reward}, on_reward_error="drop", reward_timeout=0.1
+    )
     assert not bank(batch).kept.any() and bank.dropped == 2
     assert time.monotonic() - begun < 3
 
@@ -130,8 +165,8 @@ def test_a_late_response_ends_the_search_for_the_faulty_one() -> None:
 
     begun = time.monotonic()
     with pytest.raises(RewardError, match="raised ConnectionError"):
-        RewardBank({"faulty": worse}, timeout=0.1)(rollout(["a", "b", "c"]))
-    bank = RewardBank({"faulty": worse}, on_error="drop", timeout=0.1)
+        RewardBank({"faulty": worse}, reward_timeout=0.1)(rollout(["a", "b", "c"]))
+    bank = RewardBank({"faulty": worse}, on_reward_error="drop", reward_timeout=0.1)
     assert not bank(rollout(["a", "b", "c"])).kept.any()
     assert calls == [["a", "b", "c"], ["a"]] * 2
     assert time.monotonic() - begun < 3
@@ -151,10 +186,10 @@ def test_within_the_limit_all_is_as_without_it() -> None:
         raise TimeoutError("its own")
 
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
-        bank = RewardBank({"sync": strict, "async": soon}, timeout=30.0)
+        bank = RewardBank({"sync": strict, "async": soon}, reward_timeout=30.0)
         assert bank(rollout(["a", "bb"])).raw.tolist() == [[1, 1], [2, 2]]
     with pytest.raises(RewardError, match="raised TimeoutError: its own"):
-        RewardBank({"faulty": timed_out}, timeout=30.0)(rollout(["a"]))
+        RewardBank({"faulty": timed_out}, reward_timeout=30.0)(rollout(["a"]))
 
 
 def test_a_hanging_thread_does_not_keep_the_process() -> None:
@@ -162,7 +197,7 @@ def test_a_hanging_thread_does_not_keep_the_process() -> None:
         "import threading\n"
         "from clp_lightning.rewards import RewardBank\n"
         "from tests.rewards.rollouts import rollout\n"
-        "bank = RewardBank({'faulty': lambda **_: threading.Event().wait()}, timeout=0.1)\n"
+        "bank = RewardBank({'faulty': lambda **_: threading.Event().wait()}, reward_timeout=0.1)\n"
         "bank(rollout(['a']))\n"
     )
     done = subprocess.run(
@@ -208,7 +243,9 @@ def test_kept_and_dropped_are_all(
     rows: list[str], ways: list[str], retries: int, on_error: Any
 ) -> None:
     rewards = {"fine": returning([0.0] * len(rows)), "faulty": Planned(ways)}
-    bank = RewardBank(rewards, on_error=on_error, retries=retries, retry_wait=0.0)
+    bank = RewardBank(
+        rewards, on_reward_error=on_error, reward_retries=retries, reward_retry_wait=0.0
+    )
     good = [row in ("ok", "none") for row in rows]
     try:
         scores = bank(rollout(rows))
@@ -226,9 +263,13 @@ def test_kept_and_dropped_are_all(
 
 def test_arguments_out_of_range() -> None:
     for wrong, message in [
-        ({"on_error": "retry"}, "'raise' or 'drop', not 'retry'.*set the number of retries"),
-        ({"retries": -1}, "retries and retry_wait must be 0 or more; got -1"),
-        ({"timeout": 0.0}, "timeout is a number of seconds above 0; got 0"),
+        ({"on_reward_error": "retry"}, "on_reward_error is 'raise' or .*set reward_retries"),
+        ({"reward_retries": -1}, "reward_retries is a whole number, 0 or more; got -1"),
+        ({"reward_retries": 1.5}, "reward_retries is a whole number, 0 or more; got 1.5"),
+        ({"reward_retry_wait": math.nan}, "reward_retry_wait must be finite and 0 or more"),
+        ({"reward_retry_wait": math.inf}, "reward_retry_wait must be finite and 0 or more"),
+        ({"reward_timeout": 0.0}, "reward_timeout is a number of seconds above 0; got 0"),
+        ({"reward_timeout": math.nan}, "reward_timeout is a number of seconds above 0; got nan"),
     ]:
         with pytest.raises(ValueError, match=message):
             RewardBank({"faulty": length}, **wrong)  # type: ignore[arg-type]
