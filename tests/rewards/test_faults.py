@@ -117,14 +117,14 @@ def test_drop_leaves_out_the_response_and_counts_it(fault: str) -> None:
 
 def test_an_exit_stays_with_the_reward_that_makes_it() -> None:
     """The others of the process share its event loop."""
-    bank = RewardBank({"leaves": leaving_later, "fine": slow}, on_error="drop")
+    bank = RewardBank({"leaves": leaving_later, "fine": slow}, on_reward_error="drop")
     assert bank(rollout(["bad", "good"])).kept.tolist() == [False, True]
     assert RewardBank({"fine": slow})(rollout(["a", "b"])).raw.tolist() == [[1], [1]]
 
 
 @pytest.mark.parametrize("timeout", [None, 60.0])
 def test_an_exit_in_time_is_no_exit(timeout: float | None) -> None:
-    bank = RewardBank({"leaves": leaving}, timeout=timeout)
+    bank = RewardBank({"leaves": leaving}, reward_timeout=timeout)
     with pytest.raises(RewardError, match="'leaves' raised SystemExit: 0"):
         bank(rollout(["bad"]))
 
@@ -134,7 +134,7 @@ def test_the_users_interrupt_goes_through() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        RewardBank({"r": interrupted}, on_error="drop")(rollout(["a"]))
+        RewardBank({"r": interrupted}, on_reward_error="drop")(rollout(["a"]))
 
 
 def test_a_list_that_cannot_be_read_is_a_fault() -> None:
