@@ -33,7 +33,7 @@ from clp_lightning.callbacks import FrontCallback, PredictionsCallback
 from clp_lightning.conditioning import Mixture, PromptText, SoftPrompt
 from tests.reward_models import make_data as pair_data
 from tests.reward_models import pairs
-from tests.runs import kind, loud, make_data, make_module, make_trainer
+from tests.runs import kind, loud, make_data, make_module, make_trainer, write_rows
 
 PER_STEP = 8  # prompts in an optimizer step, whatever the number of processes
 
@@ -61,41 +61,57 @@ class Case:
     Attributes:
         model: ``llama`` or ``t5``.
         conditioned: Name of a conditioner.
+        checkpoints: Whether activations are checkpointed.
         drops: Whether some samples are dropped.
+        batch_size: Prompts in a batch. With 1 the third step of every pass has half as many as the
+            others; with 2 a prompt is left over, which makes no batch.
         options: Further arguments of the module.
         precision: Of the Trainer.
     """
 
     model: str
     conditioned: str
+    checkpoints: bool = False
     drops: bool = False
+    batch_size: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     precision: str = "32-true"
 
     def __str__(self) -> str:
-        name = f"{self.model}-{self.conditioned}"
-        return name if self.precision == "32-true" else f"{name}-{self.precision}"
+        parts = [self.model, self.conditioned]
+        parts += [name for name in ("checkpoints", "drops") if getattr(self, name)]
+        parts += ["pairs"] if self.batch_size > 1 else []
+        parts += [self.precision] if self.precision != "32-true" else []
+        return "-".join(parts)
+
+    @property
+    def rows(self) -> int:
+        """Prompts to train on."""
+        return 20 if self.batch_size == 1 else 25
 
 
 class Dropped(Callback):
-    """Counts the samples that were dropped, over all processes."""
+    """How many samples were dropped in each step, over all processes."""
 
-    number = 0.0
+    def __init__(self) -> None:
+        self.numbers: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        self.number += pl_module.step_report.pop("dropped", 0.0)
+        if pl_module.step_report:
+            self.numbers.append(pl_module.step_report.get("dropped", 0.0))
+            pl_module.step_report = {}
 
 
 class Watched(torch.optim.SGD):
-    """Keeps the gradients of the first step, whole."""
+    """Keeps the gradients of the first step and of the newest, whole, by the parameter."""
 
-    first: ClassVar[list[Tensor | None]] = []
+    steps: ClassVar[list[dict[Tensor, Tensor | None]]] = []
 
     def step(self, closure: Any = None) -> Any:
         loss = closure()
-        if not Watched.first:
-            grads = [p.grad for group in self.param_groups for p in group["params"]]
-            Watched.first = [None if grad is None else whole(grad).clone() for grad in grads]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        found = {p: None if p.grad is None else whole(p.grad).clone() for p in parameters}
+        Watched.steps[1:] = [found]
         super().step()
         return loss
 
@@ -115,37 +131,47 @@ def strategy_of(layout: str) -> Any:
 
 def trainer_of(folder: Path, layout: str, *callbacks: Any, **options: Any) -> Trainer:
     """On the processes of this group."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    options = {"devices": world, "strategy": strategy_of(layout)} | options
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    nodes = int(os.environ.get("WORLD_SIZE", "1")) // devices
+    options = {"devices": devices, "num_nodes": nodes, "strategy": strategy_of(layout)} | options
     return make_trainer(folder, *callbacks, **options)
 
 
 def train(case: Case, base: Path, steps: int, folder: Path, layout: str) -> dict[str, Any]:
-    """Gradients of the first of ``steps`` and weights after the last, whole."""
+    """Gradients of the first of ``steps`` and of the last, and weights after it, whole."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    Watched.first = []
+    Watched.steps = []
     options: dict[str, Any] = {
         "conditioner": conditioner(case.conditioned),
         "rewards": {"kind": kind, "other": now_and_then if case.drops else loud},
         "on_reward_error": "drop" if case.drops else "raise",
+        "gradient_checkpointing": case.checkpoints,
         "optimizer": Watched,
-        "lr": 0.005,  # small enough that no run magnifies rounding
-        "samples_per_prompt": 2,  # so where one is dropped, its whole batch is
+        # Small enough that no run magnifies rounding.
+        "lr": 0.005 if case.model == "llama" else 0.001,
+        "samples_per_prompt": 3 if case.drops else 2,  # three: the siblings of a lost one stay
         "max_new_tokens": 4,
-        "statistics_prompts": 2,
+        "statistics_prompts": 2 if case.batch_size == 1 else 12,
     }
     spec = Pretrained(str(base), dtype="float64" if case.precision == "32-true" else "float32")
     module = make_module(spec, CLPModule, **(options | case.options))
-    # 20 batches in a pass, so that the third step of every pass has 4 of them.
-    data = make_data(folder, holdout=0, batch_size=1)
-    dropped, settings = (
-        Dropped(),
-        {"accumulate_grad_batches": PER_STEP // world, "precision": case.precision},
-    )
+    source = str(write_rows(folder / f"rows-{os.environ.get('RANK', '0')}.jsonl", case.rows))
+    data = make_data(folder, source=source, holdout=0, batch_size=case.batch_size)
+    dropped = Dropped()
+    settings = {
+        "accumulate_grad_batches": PER_STEP // world // case.batch_size,
+        "precision": case.precision,
+    }
     trainer = trainer_of(folder, layout, CLPCallback(), dropped, max_steps=steps, **settings)
     trainer.fit(module, data)
-    weights = {n: whole(p) for n, p in module.policy.trained_parameters().items()}
-    return {"gradients": Watched.first, "weights": weights, "dropped": dropped.number}
+    named = dict(module.named_parameters())
+    return {
+        "gradients": [
+            {n: step[p] for n, p in named.items() if p in step} for step in Watched.steps
+        ],
+        "weights": {n: whole(p) for n, p in module.policy.trained_parameters().items()},
+        "dropped": dropped.numbers,
+    }
 
 
 def go_on(
@@ -270,7 +296,7 @@ Job = tuple[str, Callable[..., Any], tuple[Any, ...]]
 def run_group(jobs: list[Job], folder: Path, layout: str, world: int, timeout: float) -> None:
     """Runs ``jobs`` one after the other on ``world`` processes.
 
-    What the function returns on rank 0 lies in ``folder``/NAME.pt.
+    What the function returns on rank R lies in ``folder``/NAME.R.pt.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -306,6 +332,12 @@ def _rank(rank: int, world: int, port: int, jobs: list[Job], folder: Path, layou
             "LOCAL_RANK": str(rank),
             "GROUP_RANK": "0",
         }
+    run_jobs(jobs, folder, layout)
+
+
+def run_jobs(jobs: list[Job], folder: Path, layout: str) -> None:
+    """Runs ``jobs`` in this process, which is one of its group; see ``run_group``."""
+    rank = os.environ.get("RANK", "0")
     try:
         for name, function, arguments in jobs:
             place = folder / name

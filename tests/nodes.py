@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.devices import Job, run_jobs
 
 ROOT = Path(__file__).parents[1]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -49,18 +52,36 @@ def two_nodes() -> Iterator[tuple[str, str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+def fit_command(args: list[str]) -> list[str]:
+    """``configs/cluster/torchrun.sh`` with these arguments, one process on each of two nodes."""
+    more = ["--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp"]
+    return ["bash", str(ROOT / "configs/cluster/torchrun.sh"), *args, *more]
+
+
+def jobs_command(jobs: list[Job], folder: Path) -> list[str]:
+    """torchrun with the jobs of ``tests.devices``, which a file in ``folder`` names."""
+    (folder / "jobs").write_bytes(pickle.dumps((jobs, folder, "ddp")))
+    torchrun = (
+        'torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint="$HEAD:29500" '
+        '--rdzv-id=jobs --rdzv-conf="$RDZV_CONF" -m tests.nodes "$0"'
+    )
+    return ["bash", "-c", torchrun, str(folder / "jobs")]
+
+
 class Node:
-    """``configs/cluster/torchrun.sh`` in a namespace, one process on it.
+    """A command in a namespace, one process on it.
 
     Args:
         number: Which of the two; the first holds the rendezvous.
         name: Its namespace.
         log: Where it writes.
-        args: Of the command line.
+        command: What it runs.
         settings: Further environment variables.
     """
 
-    def __init__(self, number: int, name: str, log: Path, args: list[str], **settings: str) -> None:
+    def __init__(
+        self, number: int, name: str, log: Path, command: list[str], **settings: str
+    ) -> None:
         environment = {
             "NODES": "2",
             "GPUS": "1",
@@ -73,11 +94,9 @@ class Node:
             "PYTHONPATH": str(ROOT),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
-        command = ["ip", "netns", "exec", name, "bash", str(ROOT / "configs/cluster/torchrun.sh")]
-        more = ["--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp"]
         with log.open("a") as stream:
             self.process = subprocess.Popen(
-                [*command, *args, *more],
+                ["ip", "netns", "exec", name, *command],
                 stdout=stream,
                 stderr=stream,
                 env=os.environ | environment | settings,
@@ -100,3 +119,7 @@ def _descendants(pid: int) -> list[int]:
     """Children first seen; read from the kernel (Linux)."""
     found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return [*found, *(below for child in found for below in _descendants(child))]
+
+
+if __name__ == "__main__":
+    run_jobs(*pickle.loads(Path(sys.argv[1]).read_bytes()))
