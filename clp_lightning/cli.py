@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from lightning.fabric.utilities.device_parser import _normalize_parse_gpu_string_input
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -19,8 +21,9 @@ from .callbacks.loggers import set_aside
 from .checkpoints import checkpoint_file
 from .keys import refuse_repeated_keys
 from .mistakes import ShortErrors, refuse_no_values
+from .modules.sharding import check_strategy
 
-__all__ = ["CLI", "main"]
+__all__ = ["CLI", "count_devices", "main"]
 
 
 class Parser(ShortErrors, LightningArgumentParser):
@@ -68,6 +71,24 @@ class CLI(LightningCLI):
         if path not in (None, "last", "best", "hpc", "registry"):
             config["ckpt_path"] = str(checkpoint_file(path))
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """As Lightning's; what it cannot be made with is named."""
+        asked = self.asked_of_trainer() | kwargs
+        devices, strategy = asked["devices"], asked["strategy"]
+        count_devices(devices)
+        if isinstance(strategy, str) and strategy in StrategyRegistry:
+            check_strategy(StrategyRegistry[strategy]["strategy"])
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except TypeError as error:
+            if "devices" not in str(error):
+                raise
+            raise ValueError(f"trainer.devices is {devices!r}: {error}") from error
+
+    def asked_of_trainer(self) -> dict[str, Any]:
+        """The Trainer's arguments in the config."""
+        return {**self._get(self.config_init, "trainer", default={})}
+
     def before_fit(self) -> None:
         """A run that goes on keeps the rows that a CSV logger has written."""
         if self.config["fit"].get("ckpt_path") is not None:
@@ -105,18 +126,46 @@ class RunConfig(SaveConfigCallback):
             ) from error
 
 
-def main(args: Sequence[str] | None = None, run: bool = True) -> CLI:
+def count_devices(said: int | str | list[int]) -> int | None:
+    """How many devices of a node a Trainer's ``devices`` are; None where the machine decides.
+
+    Raises:
+        ValueError: they are none.
+
+    Example:
+        >>> count_devices(2), count_devices("0,3"), count_devices([0]), count_devices("auto")
+        (2, 2, 1, None)
+    """
+    if said == "auto":
+        return None
+    try:
+        read = _normalize_parse_gpu_string_input(said)
+        number = read if isinstance(read, int) else len(read)
+    except ValueError:
+        number = 0
+    if number < 1 and number != -1:
+        raise ValueError(
+            f"trainer.devices is {said!r}; it takes how many devices of a node (2), which ones "
+            "('0,1' or [0, 1]), or -1 or auto for all of them."
+        )
+    return None if number == -1 else number
+
+
+def main(
+    args: Sequence[str] | None = None, run: bool = True, kind: Callable[..., CLI] = CLI
+) -> CLI:
     """Runs the command line.
 
     Args:
         args: Arguments without the program's name; those of the process if None.
         run: With False, nothing runs: ``args`` has no command, and the built model, data and
             trainer are in the result.
+        kind: The class to make, or what makes it.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisements)
     refuse_repeated_keys()
-    return CLI(
+    return kind(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,

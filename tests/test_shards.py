@@ -6,17 +6,16 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
+from torch import Tensor
 
-from clp_lightning import Critic, LoRA, RunCheckpoint
+from clp_lightning import Critic, LoRA, MuonAdamW, RunCheckpoint
 from clp_lightning.conditioning import Gate, Mixture
-from clp_lightning.modules.checkpoint import WholeCheckpoints
 from tests.devices import Case, Job, finetune, go_on, run_group, train, trainer_of, validate
 from tests.runs import fails_on_tea, kind, make_data, make_module
 from tests.test_devices import check_equal as check_training
@@ -187,7 +186,32 @@ def test_folders_of_shards_are_refused(tiny_folder: Callable[..., Path], tmp_pat
     assert "last.ckpt is a folder of shards" in reading
 
 
-def test_other_ways_to_shard_are_refused() -> None:
-    trainer: Any = SimpleNamespace(strategy=FSDPStrategy())
-    with pytest.raises(ValueError, match="FSDPStrategy would split.*strategy: ddp"):
-        WholeCheckpoints().setup(trainer, make_module("unused"), "fit")
+def exact_newton_schulz(grad: Tensor, coefficients: Any, steps: int, eps: float) -> Tensor:
+    """Muon's iteration in the gradient's own precision; torch's is in bfloat16."""
+    a, b, c = coefficients
+    found = grad.T if grad.shape[0] > grad.shape[1] else grad
+    found = found / found.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = found @ found.T
+        found = a * found + (b * gram + c * gram @ gram) @ found
+    return found.T if grad.shape[0] > grad.shape[1] else found
+
+
+def train_by_muon(case: Case, base: Path, folder: Path, layout: str) -> dict[str, Any]:
+    """Two steps, without the rounding of bfloat16."""
+    torch.optim._muon._zeropower_via_newtonschulz = exact_newton_schulz
+    return train(case, base, 2, folder, layout)
+
+
+@pytest.mark.slow
+def test_muon_differs_by_the_rounding_of_bfloat16_only(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tiny_folder("llama")
+    case = Case("llama", "full", options={"optimizer": MuonAdamW, "lr": 0.01})
+    for layout, world in (("one", 1), ("fsdp", 2)):
+        (tmp_path / layout).mkdir()
+        jobs: list[Job] = [("job", train_by_muon, (case, base))]
+        run_group(jobs, tmp_path / layout, layout, world, timeout=300)
+    one, many = (torch.load(tmp_path / f"{n}/job.0.pt")["weights"] for n in ("one", "fsdp"))
+    assert max(float((one[name] - many[name]).abs().max()) for name in one) < 1e-12

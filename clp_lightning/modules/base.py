@@ -23,6 +23,7 @@ from ..described import Described, check_choice, describe, import_path
 from ..policy import Policy
 from ..pretrained import fingerprint
 from .checkpoint import WholeCheckpoints, warn_of_other_rewards
+from .checks import check_trainer
 from .precision import check_quantised, exact_tensors_kept
 from .schedule import LRDecay, schedule
 from .sharding import device_only
@@ -130,6 +131,7 @@ class PolicyModule(Described, LightningModule):
         return arguments
 
     def configure_callbacks(self) -> list[Callback]:
+        check_trainer(self)  # Lightning calls nothing of a module earlier
         return [WholeCheckpoints()]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:

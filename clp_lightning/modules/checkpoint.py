@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from ..checkpoints import LAST, PREVIOUS, damaged, readable
 from .gathered import gather_checkpoints
-from .sharding import check_strategy
 
 __all__ = ["DurableCheckpointIO", "WholeCheckpoints", "check_optimizer", "warn_of_other_rewards"]
 
@@ -109,14 +108,13 @@ class WholeCheckpoints(Callback):
     """Checkpoints are whole ones, whatever the strategy; one that is damaged is named in the error.
 
     Raises:
-        ValueError: in ``setup``, if the strategy would write folders of shards, or splits weights
-            in a way of its own; before a run goes on, if it has another optimizer.
+        ValueError: in ``setup``, if the strategy would write folders of shards; before a run goes
+            on, if it has another optimizer.
     """
 
     _stored_optimizers: list[dict[str, Any]]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_strategy(trainer.strategy)
         gather_checkpoints(trainer, stage)
         self._stored_optimizers = []
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json as json_format
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
-import yaml
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.table import Table
 
 from ..callbacks import CLPCallback
-from ..cli import CLI, main
+from ..cli import CLI, count_devices, main
 from ..modules import CLPModule
+from ..modules.ahead import check_sampling
 from ..tables import print_table
 from .devices import Layout, gathered_bytes, on_each_device
 from .rehearsal import Load, rehearse
@@ -22,16 +25,37 @@ from .rehearsal import Load, rehearse
 __all__ = ["plan"]
 
 # What a plan does without: it must be made on a machine that is not the one it is for.
-_HERE = [
-    "--trainer.accelerator=cpu",
-    "--trainer.devices=1",
-    "--trainer.num_nodes=1",
-    "--trainer.strategy=auto",
-    "--trainer.precision=32-true",
-    "--trainer.plugins=null",
-    "--trainer.logger=false",
-]
+_LEFT_OUT = ["--trainer.plugins=null", "--trainer.logger=false"]
 _GB = 10**9
+
+
+class _There(CLI):
+    """A CLI for as many devices as the config asks for, which need not be of this machine.
+
+    Args:
+        given: How many there are over all nodes; as the config says if None.
+    """
+
+    def __init__(self, *args: Any, given: int | None, **kwargs: Any) -> None:
+        self.given = given
+        super().__init__(*args, **kwargs)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """One that starts nothing, on as many processes of this machine."""
+        asked = self.asked_of_trainer()
+        devices, nodes = asked["devices"], asked["num_nodes"]
+        number = count_devices(devices)
+        if self.given is not None:
+            devices, nodes = self.given, 1
+        elif number is None:
+            raise ValueError(
+                f"The config leaves the number of devices to the machine (devices: {devices}), "
+                "which need not be this one: give --devices."
+            )
+        elif asked["accelerator"] != "cpu":  # where a list of devices is a mistake
+            devices = number
+        here = {"accelerator": "cpu", "precision": "32-true", "plugins": [LightningEnvironment()]}
+        return super().instantiate_trainer(**here, devices=devices, num_nodes=nodes, **kwargs)
 
 
 def plan(
@@ -54,16 +78,24 @@ def plan(
         devices: Number of devices over all nodes; that of the config if left out.
         memory: What a device has, in GB (10^9 bytes).
         json: Print the numbers, in bytes, instead of a table.
+
+    Raises:
+        ValueError: ``fit`` would refuse the config, or an option is out of its range.
     """
-    trainer: dict[str, Any] = (yaml.safe_load(Path(config).read_text()) or {}).get("trainer") or {}
+    if devices is not None and devices < 1:
+        raise ValueError(f"--devices is {devices}; it must be at least 1.")
+    if not 0 < memory < float("inf"):
+        raise ValueError(f"--memory is {memory:g}; it must be finite and above 0, in GB.")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        cli = main(["--config", config, *_HERE], run=False)
+        cli = main(["--config", config, *_LEFT_OUT], run=False, kind=partial(_There, given=devices))
     module: Any = cli.model
     if not isinstance(module, CLPModule):
         raise ValueError(f"plan counts the step of a CLPModule; {config} has another module.")
-    layout = read_layout(trainer, devices)
-    load = _load(cli, trainer, prompt_tokens)
+    assert isinstance(cli, _There)
+    _check(cli)
+    layout = _layout(cli.trainer)
+    load = _load(cli, prompt_tokens)
     load.shard_group = layout.shard_group
     alone = rehearse(module, load)
     phases = on_each_device(alone, layout, gathered_bytes(module.policy))
@@ -81,65 +113,51 @@ def plan(
     return found
 
 
-def _load(cli: CLI, trainer: Mapping[str, Any], prompt_tokens: int | None) -> Load:
+def _check(cli: CLI) -> None:
+    """Refuses what ``fit`` refuses before it reads data or weights."""
     module: Any = cli.model
+    trainer: Any = cli.trainer
+    module.trainer, trainer.datamodule = trainer, cli.datamodule
+    own = [callback for callback in trainer.callbacks if isinstance(callback, CLPCallback)]
+    for callback in [*module.configure_callbacks(), *own]:
+        callback.setup(trainer, module, "fit")
+    check_sampling(module)
+    module.trainer = None
+
+
+def _layout(trainer: Trainer) -> Layout:
+    world = trainer.world_size
+    return Layout(world, world if isinstance(trainer.strategy, ModelParallelStrategy) else 1)
+
+
+def _load(cli: _There, prompt_tokens: int | None) -> Load:
+    module: Any = cli.model
+    trainer: Any = cli.trainer
+    asked = cli.asked_of_trainer()
+    limit = module.policy.encoding.max_prompt_tokens
+    if prompt_tokens is not None and not 1 <= prompt_tokens <= limit:
+        raise ValueError(
+            f"--prompt_tokens is {prompt_tokens}; it must be 1 to max_prompt_tokens, which is "
+            f"{limit}."
+        )
     prompts = getattr(cli.datamodule, "batch_size", None)
     if prompts is None:
         raise ValueError(f"{type(cli.datamodule).__name__} has no batch_size to plan with.")
-    callbacks: Any = cli.trainer.callbacks  # type: ignore[attr-defined]
-    per = next((c.per for c in callbacks if isinstance(c, CLPCallback)), None)
+    per = next((c.per for c in trainer.callbacks if isinstance(c, CLPCallback)), None)
     merges = module.policy.conditioner.one_preference_per_batch
     return Load(
         prompts=prompts,
-        prompt_tokens=prompt_tokens or module.policy.encoding.max_prompt_tokens,
-        accumulate=trainer.get("accumulate_grad_batches") or 1,
+        prompt_tokens=limit if prompt_tokens is None else prompt_tokens,
+        accumulate=trainer.accumulate_grad_batches,
         one_preference=merges or per in ("batch", "step"),
-        dtype=_dtype(trainer.get("precision")),
-        foreach=trainer.get("accelerator", "auto") != "cpu",
+        dtype=_dtype(asked["precision"]),
+        foreach=asked["accelerator"] != "cpu",
     )
 
 
 def _dtype(precision: Any) -> torch.dtype | None:
     names = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
     return names.get(str(precision))
-
-
-def read_layout(trainer: Mapping[str, Any], devices: int | None) -> Layout:
-    """The layout that a config's ``trainer`` asks for.
-
-    Args:
-        trainer: Its arguments.
-        devices: Another number of devices, over all nodes.
-
-    Example:
-        >>> read_layout({"devices": 4, "num_nodes": 2}, None)
-        Layout(devices=8, shard_group=1)
-        >>> strategy = {"class_path": "ModelParallelStrategy", "init_args": {}}
-        >>> read_layout({"devices": 8, "strategy": strategy}, None)
-        Layout(devices=8, shard_group=8)
-    """
-    nodes = int(trainer.get("num_nodes") or 1)
-    if devices is None:
-        devices = nodes * _devices_of_a_node(trainer.get("devices", "auto"))
-    strategy = trainer.get("strategy") or "auto"
-    options: Mapping[str, Any] = {}
-    if isinstance(strategy, Mapping):
-        strategy, options = strategy["class_path"], strategy.get("init_args") or {}
-    if not strategy.rpartition(".")[2].lower().startswith(("modelparallel", "fsdp")):
-        return Layout(devices)
-    group = options.get("data_parallel_size", "auto")
-    return Layout(devices, devices if group == "auto" else min(int(group), devices))
-
-
-def _devices_of_a_node(said: Any) -> int:
-    if isinstance(said, Sequence) and not isinstance(said, str):
-        return len(said)
-    if str(said) in ("auto", "-1"):
-        raise ValueError(
-            f"The config leaves the number of devices to the machine (devices: {said}), which "
-            "need not be this one: give --devices."
-        )
-    return int(said)
 
 
 def _print(found: Mapping[str, Any], layout: Layout, memory: float, *, as_json: bool) -> None:
