@@ -33,9 +33,9 @@ class Bundle:
     response: int
 
 
-def whole(prompt_mask: Tensor, response_mask: Tensor) -> Bundle:
-    """All rows as they are."""
-    rows = torch.arange(len(prompt_mask), device=prompt_mask.device)
+def whole(groups: Tensor, prompt_mask: Tensor, response_mask: Tensor) -> Bundle:
+    """All rows as they are; their numbers stand where ``groups`` does."""
+    rows = torch.arange(len(groups), device=groups.device)
     return Bundle(rows, prompt_mask.shape[1], response_mask.shape[1])
 
 

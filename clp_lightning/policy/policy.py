@@ -295,7 +295,7 @@ class Policy(nn.Module):
     def _bundles(self, rollout: Rollout, prompt_mask: Tensor, apart: bool) -> list[Bundle]:
         masks = prompt_mask, rollout.response_mask
         if not self.cut_by_length:
-            return [whole(*masks)]
+            return [whole(rollout.groups, *masks)]
         asked = self._answering_for
         in_runs = isinstance(asked, Preference) and self.conditioner.needs_runs(asked)
         together = rollout.groups if in_runs else None

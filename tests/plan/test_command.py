@@ -70,6 +70,23 @@ def test_table_devices_and_verdict(
     assert "does not fit into 0.0001 GB (8 devices, weights sharded over 8)" in out
 
 
+def test_gradients_are_kept_where_batches_are_accumulated(
+    tiny_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gradient(batches: int) -> dict[str, int]:
+        base = tiny_folder("llama", num_hidden_layers=5)
+        config = run_config(tmp_path, base, accumulate_grad_batches=batches, devices=1)
+        full = {"class_path": "Mixture", "init_args": {"targets": "full"}}
+        config["model"]["init_args"] |= {"conditioner": full, "gradient_checkpointing": True}
+        path = write_config(tmp_path / "run.yaml", config)
+        found: dict[str, dict[str, dict[str, int]]]
+        found = planned(capsys, "--config", path, "--prompt_tokens", "64")
+        return found["phases"]["gradient"]
+
+    once, kept = gradient(1), gradient(2)
+    assert once["gradients"] < kept["gradients"] == kept["deltas"]
+
+
 def test_the_number_of_devices_must_be_known(
     tiny_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

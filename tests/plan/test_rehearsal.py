@@ -103,6 +103,21 @@ def test_a_longer_step_takes_more_and_checkpointing_less(tiny_folder: Callable[.
     assert activations(64, gradient_checkpointing=True) < long * 2 / 3
 
 
+def test_of_the_reference_nothing_is_kept_for_the_backward_pass(
+    tiny_folder: Callable[..., Path],
+) -> None:
+    vocabulary, new = 4096, 32
+    base = tiny_folder("llama", vocab_size=vocabulary)
+
+    def activations(kl: str) -> int:
+        module = make_module(base, kl=kl, max_new_tokens=new)
+        return rehearse(module, Load(PROMPTS, LENGTH))["gradient"]["activations"]
+
+    table = 4 * PROMPTS * SAMPLES * new * vocabulary  # log-probabilities of every token
+    # Those of the policy stay, and their gradient comes to them; the reference's would be one more.
+    assert table < activations("vocabulary") - activations("response") < 1.5 * table
+
+
 def test_reward_models_count_where_they_stand_beside_the_policy(
     tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
