@@ -105,9 +105,13 @@ def score_bundles(bundles: list[Bundle], length: int, score: Callable[[Bundle], 
         length: T; what is behind the end of a bundle is 0.
         score: Returns shape (n, bundle.response, ...).
     """
-    scores = [score(bundle) for bundle in bundles]
-    after = [0, 0] * (scores[0].ndim - 2)
-    wide = [F.pad(found, [*after, 0, length - found.shape[1]]) for found in scores]
+    scores = [_longer(score(bundle), length) for bundle in bundles]
     if len(bundles) == 1:
-        return wide[0]
-    return torch.cat(wide)[torch.cat([bundle.rows for bundle in bundles]).argsort()]
+        return scores[0]
+    return torch.cat(scores)[torch.cat([bundle.rows for bundle in bundles]).argsort()]
+
+
+def _longer(scores: Tensor, length: int) -> Tensor:
+    """With zeros behind the end; the same where there is no need, because padding copies."""
+    missing = length - scores.shape[1]
+    return F.pad(scores, [0, 0] * (scores.ndim - 2) + [0, missing]) if missing else scores
