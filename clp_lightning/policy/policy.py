@@ -241,7 +241,8 @@ class Policy(nn.Module):
         if not len(rollout) and not self.is_sharded:
             shape = (*rollout.response_ids.shape, 1)  # of no row
             return torch.zeros(shape, device=rollout.response_ids.device)
-        return self._score(rollout, lambda z, ids: log_distribution(z, self.temperature))
+        # In one piece: to put (B, T, V) back in order would take as much memory again, twice.
+        return self._score(rollout, lambda z, ids: log_distribution(z, self.temperature), cut=False)
 
     @torch.no_grad()
     def prompt_states(self, rollout: Rollout) -> Tensor:
@@ -273,7 +274,7 @@ class Policy(nn.Module):
             ids, mask = rollout.reference_input_ids, rollout.reference_prompt_mask
         return ids, mask, groups
 
-    def _score(self, rollout: Rollout, of_logits: OfLogits) -> Tensor:
+    def _score(self, rollout: Rollout, of_logits: OfLogits, cut: bool = True) -> Tensor:
         if not len(rollout):  # the other devices gather the weights, forwards and backwards
             rollout = stand_in(rollout)
             with self.answering(rollout.preference):
@@ -285,7 +286,9 @@ class Policy(nn.Module):
             share = worth_sharing(self.model, ids, groups)
         share = share and not recomputes
         score = score_shared if share else score_full
-        parts = self._bundles(rollout, mask, share or self.model.config.is_encoder_decoder)
+        apart = share or self.model.config.is_encoder_decoder
+        parts = self._bundles(rollout, mask, apart) if cut and self.cut_by_length else None
+        parts = parts or [whole(rollout.groups, mask, rollout.response_mask)]
         readout = self._readout(rollout, of_logits)
         with self.eval_mode(unless=recomputes):
             return score(
@@ -294,8 +297,6 @@ class Policy(nn.Module):
 
     def _bundles(self, rollout: Rollout, prompt_mask: Tensor, apart: bool) -> list[Bundle]:
         masks = prompt_mask, rollout.response_mask
-        if not self.cut_by_length:
-            return [whole(rollout.groups, *masks)]
         asked = self._answering_for
         in_runs = isinstance(asked, Preference) and self.conditioner.needs_runs(asked)
         together = rollout.groups if in_runs else None
