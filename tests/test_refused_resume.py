@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from clp_lightning import RunCheckpoint
 from clp_lightning.__main__ import run
@@ -62,6 +63,20 @@ def test_without_the_last_checkpoint_it_goes_on_from_the_one_before(by: str, fol
     assert (steps_of(place / "previous.ckpt"), steps_of(place / "last.ckpt")) == (2, 3)
     rows = (folder / "run/metrics.csv").read_text().splitlines()
     assert len(rows) == 4  # of steps 0 to 2, under their names
+
+
+def restored_late(args: list[str], log: Path) -> None:
+    """As by strategies that shard weights: callbacks hear of the checkpoint after on_fit_start."""
+    SingleDeviceStrategy.restore_checkpoint_after_setup = True  # type: ignore[assignment]
+    silent(args, log)
+
+
+def test_rows_of_a_run_that_is_restored_late_are_kept(folder: Path) -> None:
+    assert in_child(restored_late, changed(folder), folder / "log.txt") == 0, told(
+        folder / "log.txt"
+    )
+    rows = (folder / "run/metrics.csv").read_text().splitlines()
+    assert len(rows) == 5  # of steps 0 to 3, under their names
 
 
 @pytest.mark.parametrize(

@@ -109,10 +109,6 @@ class RunCheckpoint(ModelCheckpoint):
                 count |= dict.fromkeys(("ready", "started", "processed"), ready)
                 count["completed"] = ready - open_batches
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A validation is logged with the number of the step before it, and will be again.
-        go_on(trainer.loggers, self._steps_done - self._validation_due)
-
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
@@ -121,6 +117,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        # A validation is logged with the number of the step before it, and will be again.
+        go_on(trainer.loggers, self._steps_done - self._validation_due)
         # A resumed ModelCheckpoint does not know that this step is saved, and would save it again
         # after the first batch of the next one, whose gradient a second resume would then lack.
         self._last_global_step_saved = trainer.global_step
