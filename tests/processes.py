@@ -80,17 +80,34 @@ def on_two_processes(args: list[str], timeout: float = 120) -> None:
     assert statuses_of_two(main, args, timeout) == [0, 0]
 
 
+_SHARDED = "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy"
+STRATEGIES = {
+    "ddp": ["--trainer.strategy=ddp"],
+    "fsdp": [
+        _SHARDED,
+        "--trainer.strategy.data_parallel_size=2",
+        "--trainer.strategy.tensor_parallel_size=1",
+        "--trainer.strategy.save_distributed_checkpoint=false",
+    ],
+}
+
+
 def statuses_of_two(
-    command: Callable[[list[str]], Any], args: list[str], timeout: float, folder: Path | None = None
+    command: Callable[[list[str]], Any],
+    args: list[str],
+    timeout: float,
+    folder: Path | None = None,
+    layout: str = "ddp",
 ) -> list[int | None]:
     """How ``command(args)`` ends on two CPU processes; None if it has not by ``timeout`` seconds.
 
-    What they print goes to ``folder``, one file for each, if there is one.
+    What they print goes to ``folder``, one file for each, if there is one. They have copies of the
+    weights (``ddp``) or shards (``fsdp``).
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    args = [*args, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    args = [*args, "--trainer.devices=2", *STRATEGIES[layout]]
     context = multiprocessing.get_context("fork")
     children = [
         context.Process(target=_rank, args=(rank, port, command, args, folder)) for rank in range(2)

@@ -23,18 +23,23 @@ class FailsOnOne(Reward):
     Args:
         how: In which way.
         after: How often it works before.
+        file: It gets the time of the first failure.
     """
 
-    def __init__(self, how: str, after: int) -> None:
-        self.how, self.after = how, after
+    def __init__(self, how: str, after: int, file: str) -> None:
+        self.how, self.after, self.file = how, after, Path(file)
         self.calls = 0
 
     def __call__(self, prompts: Any, completions: list[str], **columns: Any) -> list[float]:
         self.calls += 1
         if os.environ.get("LOCAL_RANK") == "1" and self.calls > self.after:
+            if not self.file.exists():
+                self.file.write_text(str(time.time()))
             match self.how:
                 case "raises":
                     raise ConnectionError("nobody there")
+                case "exits":
+                    raise SystemExit(0)
                 case "hangs":
                     time.sleep(1000)
             return [math.nan] * len(completions)
@@ -43,17 +48,32 @@ class FailsOnOne(Reward):
 
 # Two calls on each process for the statistics, two for the first step, and then a front.
 @pytest.mark.parametrize(
-    ("how", "after", "chunks", "message"),
+    ("layout", "how", "after", "chunks", "message"),
     [
-        ("raises", 0, 1, "raised ConnectionError: nobody there"),
-        ("hangs", 2, 1, "did not answer within 2 s"),
-        ("returns NaN", 2, 1, "returned nan"),
-        ("raises", 4, 1, "raised ConnectionError: nobody there"),
-        ("raises", 3, 2, "raised ConnectionError: nobody there"),  # the second half of a batch
+        ("ddp", "raises", 0, 1, "raised ConnectionError: nobody there"),
+        ("ddp", "hangs", 2, 1, "did not answer within 2 s"),
+        ("ddp", "exits", 2, 1, "raised SystemExit: 0"),
+        ("ddp", "returns NaN", 2, 1, "returned nan"),
+        ("ddp", "raises", 4, 1, "raised ConnectionError: nobody there"),
+        ("ddp", "raises", 3, 2, "raised ConnectionError: nobody there"),  # half a batch scored
+        ("fsdp", "returns NaN", 0, 1, "returned nan"),
+        ("fsdp", "raises", 2, 1, "raised ConnectionError: nobody there"),
+        ("fsdp", "hangs", 4, 1, "did not answer within 2 s"),
     ],
-    ids=["statistics", "training, hangs", "training, NaN", "front", "chunk"],
+    ids=[
+        "statistics",
+        "training, hangs",
+        "training, exits",
+        "training, NaN",
+        "front",
+        "chunk",
+        "shards, statistics",
+        "shards, training",
+        "shards, front",
+    ],
 )
 def test_a_reward_that_fails_on_one_process_ends_both(
+    layout: str,
     how: str,
     after: int,
     chunks: int,
@@ -67,16 +87,16 @@ def test_a_reward_that_fails_on_one_process_ends_both(
             "kind": "tests.runs.kind",
             "failing": {
                 "class_path": "tests.test_ddp_faults.FailsOnOne",
-                "init_args": {"how": how, "after": after},
+                "init_args": {"how": how, "after": after, "file": str(tmp_path / "failed")},
             },
         },
         "reward_timeout": 2.0,
         "rollout_chunks": chunks,
     }
     path = write_config(tmp_path / "config.yaml", config)
-    # 30 s for the end; on a busy machine the start takes as long.
-    statuses = statuses_of_two(run, ["fit", "--config", path], 60, tmp_path)
+    statuses = statuses_of_two(run, ["fit", "--config", path], 300, tmp_path, layout)
     assert statuses == [2, 2]
+    assert time.time() - float((tmp_path / "failed").read_text()) < 30  # for the end of all
     texts = [(tmp_path / f"output-{rank}").read_text() for rank in range(2)]
     assert texts[0].count(f"Reward 'failing' {message}") == 1
     (line,) = (line for line in texts[0].splitlines() if "error:" in line)
