@@ -64,7 +64,7 @@ test: lint docs
 test-all: lint docs
 	$(PYTEST)
 
-# 2,000 damaged configs and 500 damaged data files: each ends in a run or in a refusal that helps.
+# 2,300 damaged configs and 500 damaged data files: each ends in a run or in a refusal that helps.
 fuzz: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzzing
 

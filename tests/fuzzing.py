@@ -7,6 +7,7 @@ in a run (exit 0) or in a refusal: exit 2, no traceback, few lines, which name w
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import os
@@ -63,6 +64,25 @@ def bases(folder: Path) -> dict[str, dict[str, Any]]:
             model |= {"eval_samples": 1, "grid": {"divisions": 1, "alphas": [0.05]}}
         found[name] = config
     return found
+
+
+def with_faults(quickstart: dict[str, Any]) -> dict[str, Any]:
+    """A config that says what the others leave out: faults of rewards, devices, bounds."""
+    config = copy.deepcopy(quickstart)
+    config["trainer"] |= {"devices": 1, "strategy": "auto", "accumulate_grad_batches": 2}
+    model = config["model"]["init_args"]
+    model |= {
+        "on_reward_error": "drop",
+        "reward_retries": 1,
+        "reward_timeout": 30.0,
+        "max_dropped": 0.5,
+        "rollout_chunks": 2,
+        "rollout_batches": 1,
+        "max_kl": 1e4,
+        "reference_point": [-1.0] * len(model["rewards"]),
+        "lr_shared": 1e-4,
+    }
+    return config
 
 
 def run(trial: Trial, folder: Path) -> None:
@@ -145,8 +165,18 @@ def _import_early(config: dict[str, Any], folder: Path) -> None:
                 continue
 
 
-def main(configs: int, files: int, seed: int, only: Iterable[int] = ()) -> list[Trial]:
-    """Runs so many trials, or those of them in ``only``; tells of every bad answer; returns all."""
+def main(
+    configs: int, files: int, further: int, seed: int, only: Iterable[int] = ()
+) -> list[Trial]:
+    """Runs so many trials, or those of them in ``only``; tells of every bad answer; returns all.
+
+    Args:
+        configs: Damage to configs of ours.
+        files: Damage to data.
+        further: Damage to the config ``with_faults``.
+        seed: Of all of it.
+        only: Numbers of trials, in this order.
+    """
     torch.set_num_threads(1)
     _hasten()
     trials: list[Trial] = []
@@ -155,14 +185,20 @@ def main(configs: int, files: int, seed: int, only: Iterable[int] = ()) -> list[
         config_of = bases(Path(scratch))
         for name, config in config_of.items():
             _import_early(config, Path(scratch) / name)
+        faults = with_faults(config_of["quickstart"])
         gc.freeze()  # what is there already is not looked through, and copied, in every child
-        for number in only or range(configs + files):
+        for number in only or range(configs + files + further):
             # Each has its own seed: one alone is what it was among the others.
             draw = random.Random(f"{seed} {number}")
             folder = Path(scratch) / str(number)
             folder.mkdir()
             config = config_of[draw.choice(list(config_of))]
-            damaged = mutated(config, draw) if number < configs else broken(draw, config, folder)
+            if number < configs:
+                damaged = mutated(config, draw)
+            elif number < configs + files:
+                damaged = broken(draw, config, folder)
+            else:
+                damaged = mutated(faults, draw)
             damage = damaged.text.replace(str(folder), ""), *map(Path.read_bytes, folder.iterdir())
             if damage in known:
                 damaged.answered_as(known[damage])
@@ -215,6 +251,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--configs", type=int, default=2000)
     parser.add_argument("--files", type=int, default=500)
+    parser.add_argument("--further", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="*", default=[], help="numbers of trials")
     sys.exit(verdict(main(**vars(parser.parse_args()))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ from ..functional import check_alpha, check_weights, simplex_grid
 from ..types import Preference
 
 __all__ = ["Grid"]
+
+_MANY = 100_000  # weightings; each is sampled for every prompt
 
 
 @dataclass
@@ -53,13 +56,19 @@ class Grid:
             names: The rewards, in the order of the reward bank.
 
         Raises:
-            ValueError: if explicit weights do not fit the names.
+            ValueError: if explicit weights do not fit the names, or there are too many weightings.
 
         Example:
             >>> Grid(divisions=1, alphas=[0.1, 0.5]).preferences(["a", "b"]).alpha
             tensor([0.1000, 0.1000, 0.5000, 0.5000])
         """
         if self.weights is None:
+            count = math.comb(self.divisions + len(names) - 1, len(names) - 1)
+            if count > _MANY:
+                raise ValueError(
+                    f"Grid.divisions={self.divisions} means {count:,} weightings of {len(names)} "
+                    f"rewards; at most {_MANY:,} are possible, and some tens usual: lower it."
+                )
             weights = simplex_grid(len(names), self.divisions)
         else:
             weights = torch.stack([check_weights(row, names) for row in self.weights])

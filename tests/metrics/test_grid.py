@@ -37,6 +37,13 @@ def test_bad_grids_are_refused(arguments: dict[str, list[float]], message: str) 
         Grid(**arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("divisions", [1000, 10**15])
+def test_more_weightings_than_can_be_measured_are_refused(divisions: int) -> None:
+    assert len(Grid(divisions=1000).preferences(["a", "b"])) == 1001
+    with pytest.raises(ValueError, match=rf"divisions={divisions} means .* of 3 rewards.*lower it"):
+        Grid(divisions=divisions).preferences(["a", "b", "c"])
+
+
 def test_weights_of_another_reward_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown reward 'c'"):
         Grid(weights=[{"a": 0.5, "c": 0.5}]).preferences(["a", "b"])
