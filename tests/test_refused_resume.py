@@ -71,6 +71,15 @@ def restored_late(args: list[str], log: Path) -> None:
     silent(args, log)
 
 
+@pytest.mark.parametrize("start", [silent, restored_late])
+def test_a_run_that_is_over_keeps_its_rows(start: Callable[..., None], folder: Path) -> None:
+    """Lightning calls no hook of training then."""
+    again = [*changed(folder), "--trainer.max_steps=3"]
+    assert in_child(start, again, folder / "log.txt") == 0, told(folder / "log.txt")
+    rows = (folder / "run/metrics.csv").read_text().splitlines()
+    assert len(rows) == 4  # of steps 0 to 2, under their names
+
+
 def test_rows_of_a_run_that_is_restored_late_are_kept(folder: Path) -> None:
     assert in_child(restored_late, changed(folder), folder / "log.txt") == 0, told(
         folder / "log.txt"

@@ -108,6 +108,16 @@ class RunCheckpoint(ModelCheckpoint):
                 ready = -(-count["ready"] * before // now)
                 count |= dict.fromkeys(("ready", "started", "processed"), ready)
                 count["completed"] = ready - open_batches
+        if trainer.strategy.restore_checkpoint_after_setup:  # which is after on_fit_start
+            self._go_on_logging(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._go_on_logging(trainer)
+
+    def _go_on_logging(self, trainer: Trainer) -> None:
+        # A validation is logged with the number of the step before it, and will be again.
+        go_on(trainer.loggers, self._steps_done - self._validation_due)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -117,8 +127,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        # A validation is logged with the number of the step before it, and will be again.
-        go_on(trainer.loggers, self._steps_done - self._validation_due)
+        if trainer.strategy.restore_checkpoint_after_setup and not self._steps_done:
+            self._go_on_logging(trainer)  # a new run
         # A resumed ModelCheckpoint does not know that this step is saved, and would save it again
         # after the first batch of the next one, whose gradient a second resume would then lack.
         self._last_global_step_saved = trainer.global_step
