@@ -14,6 +14,10 @@ from clp_lightning.conditioning import Conditioner
 NAMES = ["kind", "short"]
 
 
+# Of different length, the last longer than Gemma's window of 8.
+PROMPTS = ["ab", "hello", "a prompt past the window"]
+
+
 def build_policy(
     folder: Path | Pretrained,
     conditioner: Conditioner | None = None,

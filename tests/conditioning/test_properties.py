@@ -26,11 +26,10 @@ from clp_lightning import (
     Weights,
 )
 from clp_lightning.conditioning import Conditioner
-from tests.helpers import build_policy, prompt_batch
+from tests.helpers import PROMPTS, build_policy, prompt_batch
 from tests.policy.test_logprobs import plain_logprobs
 from tests.tiny import ENCODER_DECODERS, KINDS
 
-PROMPTS = ["ab", "hello", "a prompt past the window"]
 CONDITIONERS: dict[str, Callable[[], Conditioner]] = {
     "full": lambda: Mixture("full"),
     "full, split": lambda: Mixture("full", tied="split"),

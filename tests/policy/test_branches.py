@@ -11,10 +11,9 @@ import torch
 from clp_lightning import Policy, Rollout, Sampling, TransformersEngine
 from clp_lightning.policy import branches
 from clp_lightning.policy.branches import Branches
-from tests.helpers import build_policy, prompt_batch
+from tests.helpers import PROMPTS, build_policy, prompt_batch
 
 FAMILIES = ["llama", "gpt2", "qwen3"]
-PROMPTS = ["ab", "hello", "a prompt past the window"]
 
 
 @pytest.fixture

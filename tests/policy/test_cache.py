@@ -13,7 +13,7 @@ from clp_lightning import Policy, Preference
 from clp_lightning.policy import cache as cache_module
 from clp_lightning.policy.cache import grow_in_place
 from clp_lightning.policy.prefix import Prefix, extend, read_prompt
-from tests.helpers import build_policy
+from tests.helpers import PROMPTS, build_policy
 from tests.tiny import KINDS
 
 PREFERENCE = Preference.single([0.3, 0.7], 0.1)
@@ -21,7 +21,7 @@ PREFERENCE = Preference.single([0.3, 0.7], 0.1)
 
 def read(policy: Policy) -> Prefix:
     """Four responses to three prompts, not yet begun."""
-    ids, mask = policy.encode(["ab", "hello", "a prompt past the window"])
+    ids, mask = policy.encode(PROMPTS)
     return read_prompt(policy.model, ids, mask).select(torch.tensor([0, 1, 1, 2]))
 
 

@@ -26,9 +26,8 @@ from clp_lightning import (
 from clp_lightning.conditioning import Conditioner, Unconditioned
 from clp_lightning.policy import rollout as rollout_module
 from clp_lightning.policy.steps import CompiledSteps, compile_forward
-from tests.helpers import build_policy, prompt_batch
+from tests.helpers import PROMPTS, build_policy, prompt_batch
 
-PROMPTS = ["ab", "hello", "a prompt past the window"]
 SAMPLINGS = [Sampling(20, temperature=0), Sampling(20, seed=3)]
 CONDITIONERS: dict[str, Callable[[], Conditioner]] = {
     "full": lambda: Mixture("full"),  # mixes rows

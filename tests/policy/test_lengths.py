@@ -26,9 +26,8 @@ from clp_lightning import (
 from clp_lightning.conditioning import Conditioner
 from clp_lightning.policy import lengths
 from clp_lightning.policy.lengths import cut
-from tests.helpers import build_policy, prompt_batch
+from tests.helpers import PROMPTS, build_policy, prompt_batch
 
-PROMPTS = ["ab", "hello", "a prompt past the window"]
 CONDITIONERS: dict[str, Callable[[], Conditioner]] = {
     "lora": lambda: LoRA(rank=2, shared_rank=2),
     "gate": lambda: LoRA(rank=2, shared_rank=2, coefficients=Gate()),
@@ -106,7 +105,7 @@ def test_bundles_change_nothing(
     monkeypatch.setattr(lengths, "_WORTH", {"cpu": (1, 0)})
     calls.clear()
     bundled = read(policy, rollout)
-    assert len(calls) >= passes + 3  # each of the three readings is cut
+    assert len(calls) >= passes + 3  # both readings of log-probabilities are cut
     assert len(whole) == len(bundled) > 3
     for one, other in zip(bundled, whole, strict=True):
         torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
@@ -131,6 +130,21 @@ def test_padding_is_not_computed(
         long = prompts.max()
         short = prompts[prompts < long].max()
         assert sorted(calls) == [(2, long + 1), (2, long + 11), (4, short + 1), (4, short + 11)]
+
+
+def test_distributions_are_scored_in_one_piece(
+    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lengths, "_WORTH", {"cpu": (1, 0)})
+    policy = build_policy(tiny_folder("llama"))
+    policy.share_prompts = False
+    rollout = sampled(policy)
+    calls = count(policy)
+    with policy.reference():
+        policy.log_distributions(rollout)
+        assert len(calls) == 1
+        policy.logprobs(rollout)
+    assert len(calls) > 2
 
 
 def test_the_end_of_a_batch_of_short_responses_is_not_computed(

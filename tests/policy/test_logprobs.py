@@ -14,11 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from clp_lightning import Policy, Rollout, Sampling, TransformersEngine
 from clp_lightning.policy import policy as policy_module
 from clp_lightning.policy import scoring
-from tests.helpers import build_policy, prompt_batch
+from tests.helpers import PROMPTS, build_policy, prompt_batch
 from tests.tiny import KINDS
-
-# Of different length, the last longer than Gemma's window of 8.
-PROMPTS = ["ab", "hello", "a prompt past the window"]
 
 
 def plain_logprobs(folder: Path, policy: Policy, rollout: Rollout, row: int) -> Tensor:

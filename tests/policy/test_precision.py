@@ -13,7 +13,7 @@ from clp_lightning import LoRA, Mixture, Policy, Sampling, SoftPrompt, Transform
 from clp_lightning.conditioning import Conditioner
 from clp_lightning.policy.prefix import read_prompt
 from clp_lightning.policy.steps import Steps
-from tests.helpers import build_policy, prompt_batch
+from tests.helpers import PROMPTS, build_policy, prompt_batch
 
 CONDITIONERS: dict[str, Callable[[], Conditioner]] = {
     "full": lambda: Mixture("full"),  # mixes rows
@@ -21,7 +21,6 @@ CONDITIONERS: dict[str, Callable[[], Conditioner]] = {
     "LoRA": lambda: LoRA(rank=2, shared_rank=2),
     "soft prompt": lambda: SoftPrompt(),
 }
-PROMPTS = ["ab", "hello", "a prompt past the window"]
 
 
 @pytest.mark.parametrize("conditioner", CONDITIONERS)

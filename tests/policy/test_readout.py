@@ -17,10 +17,9 @@ from transformers import BartConfig, BartForConditionalGeneration
 from clp_lightning import LoRA, Mixture, Policy, PromptText, Sampling, TransformersEngine
 from clp_lightning.conditioning import Conditioner, Unconditioned
 from clp_lightning.policy import policy as policy_module
-from tests.helpers import build_policy, prompt_batch
+from tests.helpers import PROMPTS, build_policy, prompt_batch
 from tests.tiny import EOS, KINDS, PAD, VOCABULARY, tiny_model, tiny_tokenizer
 
-PROMPTS = ["ab", "hello", "a prompt past the window"]
 CONDITIONERS: dict[str, Callable[[], Conditioner]] = {
     "lora": lambda: LoRA(rank=2, shared_rank=2),
     "full": lambda: Mixture("full"),

@@ -14,11 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Generation
 
 from clp_lightning import Mixture, Policy, Rollout, Sampling, TransformersEngine
 from clp_lightning.policy.sampling import sample_tokens
-from tests.helpers import build_policy, prompt_batch
+from tests.helpers import PROMPTS, build_policy, prompt_batch
 from tests.tiny import KINDS
-
-# Of different length, the last longer than Gemma's window of 8.
-PROMPTS = ["ab", "hello", "a prompt past the window"]
 
 
 def plain(folder: Path, policy: Policy, rollout: Rollout, row: int) -> Any:
