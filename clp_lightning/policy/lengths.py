@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 __all__ = ["Bundle", "bundles", "cut", "score_bundles", "whole"]
 
@@ -40,17 +39,17 @@ def whole(groups: Tensor, prompt_mask: Tensor, response_mask: Tensor) -> Bundle:
 
 
 def bundles(
-    model: PreTrainedModel,
+    num_weights: int,
     prompt_mask: Tensor,
     response_mask: Tensor,
     *,
     prompts_apart: bool = False,
     together: Tensor | None = None,
 ) -> list[Bundle]:
-    """All rows, in as many bundles as are worth a pass of ``model`` each.
+    """All rows, in as many bundles as are worth a pass of the model each.
 
     Args:
-        model: What runs them.
+        num_weights: Of the model, which stands where the masks do.
         prompt_mask: True where a token stands, shape (B, L).
         response_mask: The same of the responses, shape (B, T).
         prompts_apart: Prompts are run by themselves, all at once.
@@ -64,10 +63,11 @@ def bundles(
     if together is not None:
         numbers = together.unsqueeze(1).expand_as(lengths)
         lengths = torch.zeros_like(lengths).scatter_reduce(0, numbers, lengths, "amax")[together]
-    positions, multiplications = _WORTH.get(model.device.type, _WORTH_ELSEWHERE)
+    device = prompt_mask.device
+    positions, multiplications = _WORTH.get(device.type, _WORTH_ELSEWHERE)
     lengths = lengths.cpu()
-    parts = cut(lengths, max(positions, multiplications / model.num_parameters()))
-    return [Bundle(rows.to(model.device), *lengths[rows].amax(0).tolist()) for rows in parts]
+    parts = cut(lengths, max(positions, multiplications / num_weights))
+    return [Bundle(rows.to(device), *lengths[rows].amax(0).tolist()) for rows in parts]
 
 
 def cut(lengths: Tensor, worth: float) -> list[Tensor]:

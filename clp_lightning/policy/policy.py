@@ -105,6 +105,7 @@ class Policy(nn.Module):
         self.model = model
         self.conditioner.attach_once(model, names, seed)
         speed_up_linears(model)
+        self._num_weights = model.num_parameters()  # to count takes longer than some passes
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": self.conditioner.checkpoint_context}
@@ -281,26 +282,26 @@ class Policy(nn.Module):
                 return self._score(rollout, of_logits)[:0]
         ids, mask, groups = self._prompts_read(rollout)
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        share = self.share_prompts
-        if share is None:
-            share = worth_sharing(self.model, ids, groups)
-        share = share and not recomputes
+        wish = self.share_prompts
+        share = worth_sharing(self._num_weights, ids, groups) if wish is None else wish
+        share &= not recomputes
         score = score_shared if share else score_full
-        apart = share or self.model.config.is_encoder_decoder
-        parts = self._bundles(rollout, mask, apart) if cut and self.cut_by_length else None
-        parts = parts or [whole(rollout.groups, mask, rollout.response_mask)]
+        parts = self._bundles(rollout, mask, share, cut and self.cut_by_length)
         readout = self._readout(rollout, of_logits)
         with self.eval_mode(unless=recomputes):
             return score(
                 self.model, ids, mask, rollout.response_ids, groups, parts, self.rows, readout
             )
 
-    def _bundles(self, rollout: Rollout, prompt_mask: Tensor, apart: bool) -> list[Bundle]:
-        masks = prompt_mask, rollout.response_mask
+    def _bundles(self, rollout: Rollout, mask: Tensor, share: bool, cut: bool) -> list[Bundle]:
+        masks = mask, rollout.response_mask
+        if not cut:
+            return [whole(rollout.groups, *masks)]
         asked = self._answering_for
         in_runs = isinstance(asked, Preference) and self.conditioner.needs_runs(asked)
+        apart = share or self.model.config.is_encoder_decoder
         together = rollout.groups if in_runs else None
-        return bundles(self.model, *masks, prompts_apart=apart, together=together)
+        return bundles(self._num_weights, *masks, prompts_apart=apart, together=together)
 
     def _readout(self, rollout: Rollout, of_logits: OfLogits) -> Readout:
         ids = rollout.response_ids

@@ -38,10 +38,16 @@ def first_of_group(groups: Tensor) -> Tensor:
     return start.scatter_reduce(0, groups, rows, "amin")
 
 
-def worth_sharing(model: PreTrainedModel, input_ids: Tensor, groups: Tensor) -> bool:
-    """Whether to run each prompt once, shape (B, L), for all responses of its group, shape (B,)."""
+def worth_sharing(num_weights: int, input_ids: Tensor, groups: Tensor) -> bool:
+    """Whether to run each prompt once for all responses of its group.
+
+    Args:
+        num_weights: Of the model.
+        input_ids: Prompt tokens, shape (B, L).
+        groups: Which responses share prompt and preference, shape (B,).
+    """
     spared = len(groups) - int(groups.max()) - 1
-    return spared * input_ids.shape[1] * model.num_parameters() >= _WORTH_SHARING
+    return spared * input_ids.shape[1] * num_weights >= _WORTH_SHARING
 
 
 def stand_in(rollout: Rollout) -> Rollout:
