@@ -76,19 +76,24 @@ def run(args: list[str] | None = None) -> None:
             raise
         _refuse(f"{in_short(str(error))}{_remedy(error)}")
     except (RuntimeError, MemoryError) as error:
-        if "Early stopping conditioned on metric" in str(error):  # Lightning's, and says it all
-            if os.environ.get("CLP_LIGHTNING_TRACEBACK"):
-                raise
-            _refuse(str(error).replace("Early stopping", "EarlyStopping.monitor: it is", 1))
-        of_torch = "allocate memory" in str(error) or "out of memory" in str(error).lower()
-        if not of_torch and not isinstance(error, MemoryError):
+        message = _known(error)
+        if message is None or os.environ.get("CLP_LIGHTNING_TRACEBACK"):
             raise
-        if os.environ.get("CLP_LIGHTNING_TRACEBACK"):
-            raise
-        _refuse(
-            f"Out of memory: {error}. Lower batch sizes, samples, max_new_tokens or eval_rows; "
-            "`python -m clp_lightning plan --config ...` says what takes how much."
-        )
+        _refuse(message)
+
+
+def _known(error: RuntimeError | MemoryError) -> str | None:
+    """What to say of an error of torch's or Lightning's; None of one that nobody foresaw."""
+    said = str(error)
+    if "Early stopping conditioned on metric" in said:
+        return said.replace("Early stopping", "EarlyStopping.monitor: it is", 1)
+    of_torch = "allocate memory" in said or "out of memory" in said.lower()
+    if not of_torch and not isinstance(error, MemoryError):
+        return None
+    return (
+        f"Out of memory: {said}. Lower batch sizes, samples, max_new_tokens or eval_rows; "
+        "`python -m clp_lightning plan --config ...` says what takes how much."
+    )
 
 
 def _refuse(message: str) -> NoReturn:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .attempts import attempt
 
-__all__ = ["check_finite", "check_weight_files", "loaded"]
+__all__ = ["check_finite_weights", "check_weight_files", "loaded"]
 
 T = TypeVar("T")
 _POINTER = b"version https://git-lfs"
@@ -74,7 +74,7 @@ def loaded(name: str, load: Callable[[], T]) -> T:
     ) from error
 
 
-def check_finite(model: nn.Module, name: str) -> None:
+def check_finite_weights(model: nn.Module, name: str) -> None:
     """Refuses weights that hold NaN or infinity, with which no loss is finite.
 
     Args:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from .attempts import attempt
-from .intact import check_finite, check_weight_files, loaded
+from .intact import check_finite_weights, check_weight_files, loaded
 from .sources import (
     convert_gguf,
     find_model,
@@ -208,7 +208,7 @@ def load_model(
             f"{' …' if len(missing) > 5 else ''} of {type(model).__name__}, which would be "
             "random. Use a model that was saved with this head."
         )
-    check_finite(model, spec.name)
+    check_finite_weights(model, spec.name)
     return model if spec.adapter is None else merge_adapter(model, spec.adapter)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .intact import check_finite, check_weight_files, loaded
+from .intact import check_finite_weights, check_weight_files, loaded
 from .sources import weights_digest
 
 __all__ = ["adapter_digest", "find_adapter", "merge_adapter", "untie"]
@@ -102,7 +102,7 @@ def merge_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
             )
         _take_apart(tuned)
         merged: PreTrainedModel = tuned.merge_and_unload()
-    check_finite(merged, name)
+    check_finite_weights(merged, name)
     return merged.requires_grad_(True).eval()
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clp_lightning.__main__ import run
-from clp_lightning.intact import check_finite, loaded
+from clp_lightning.intact import check_finite_weights, loaded
 from clp_lightning.pretrained import Pretrained, fingerprint, load_model, load_tokenizer
 from tests.runs import run_config, write_config
 from tests.tiny import tiny_model
@@ -94,9 +94,9 @@ def test_weights_that_are_not_finite(
 def test_large_weights_are_finite() -> None:
     layer = nn.Linear(64, 64).half()
     nn.init.constant_(layer.weight, 60_000)  # their sum is infinite
-    check_finite(layer, "x")
+    check_finite_weights(layer, "x")
     with torch.device("meta"):
-        check_finite(nn.Linear(2, 2), "x")
+        check_finite_weights(nn.Linear(2, 2), "x")
 
 
 @pytest.mark.parametrize("content", ['{"weight_map": {', "{}", "[]"])

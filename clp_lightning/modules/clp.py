@@ -141,8 +141,8 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         self.seed, temperature = resolve_seed(seed), float(temperature)
         encoding = Encoding(max_prompt_tokens, on_long, chat_template_kwargs)
         policy = Policy(pretrained, conditioner, encoding, temperature, gradient_checkpointing)
-        faults = (on_reward_error, reward_retries, 1.0, reward_timeout)
-        bank = RewardBank(rewards, None, std_floor, *faults)
+        rules: dict[str, Any] = {"reward_retries": reward_retries, "reward_timeout": reward_timeout}
+        bank = RewardBank(rewards, std_floor=std_floor, on_reward_error=on_reward_error, **rules)
         schedule = (warmup_steps, lr_decay, optimizer, lr_scheduler)
         super().__init__(policy, lr, lr_shared, weight_decay, *schedule)
         least = 2 if critic is None else 1
