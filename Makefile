@@ -72,7 +72,7 @@ fuzz: install
 benchmark-exact: install
 	$(BIN)/python -m benchmarks.exact.run --jobs $(JOBS)
 
-# All of speed and memory, about 50 minutes: writes benchmarks/README.md. Wants `make quickstart` before.
+# All of speed and memory, one to two hours: writes benchmarks/README.md. Wants `make quickstart` before.
 benchmark: install
 	$(ALONE) benchmarks/report.py
 
