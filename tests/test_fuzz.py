@@ -134,7 +134,10 @@ ONCE_BAD = [7, 56, 105, 414, 537, 935, 1230]
 
 @pytest.mark.parametrize(
     "numbers",
-    [["--configs", "16", "--files", "6", "--further", "8"], ["--only", *map(str, ONCE_BAD)]],
+    [
+        ["--configs", "16", "--files", "6", "--further", "8"],
+        pytest.param(["--only", *map(str, ONCE_BAD)], marks=pytest.mark.slow),
+    ],
 )
 def test_a_sample(numbers: list[str]) -> None:
     # In a process of its own: children are forked, and this one has threads.

@@ -45,7 +45,9 @@ def run(name: str, place: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any
     cell.source = "\n".join(f"{key} = {value!r}" for key, value in settings.items())
     client = NotebookClient(
         notebook,
-        timeout=600,
+        # Of a cell. ZeroMQ's wake-up can be missed when a reply comes while the next request is
+        # sent; the reply is then seen when this time is over, so it also bounds what that costs.
+        timeout=120,
         startup_timeout=300,
         iopub_timeout=60,  # on a busy machine outputs come late, and would be dropped
         raise_on_iopub_timeout=True,

@@ -44,6 +44,7 @@ def test_300_steps_close_most_of_the_gap(
     assert gap["min"] > worst  # 0.949 and 0.907
 
 
+@pytest.mark.slow
 def test_full_clp_is_better_than_rewarded_soups_but_for_the_corners(tmp_path: Path) -> None:
     steps = ("--trainer.max_steps", "150", "--model.init_args.eval_samples", "1")
     full, soups = (
