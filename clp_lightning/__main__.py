@@ -115,7 +115,10 @@ def _remedy(error: Exception) -> str:
 def _run_tool(name: str, *args: str) -> None:
     from jsonargparse import ActionConfigFile, ArgumentParser
 
+    from .keys import refuse_repeated_keys
     from .mistakes import ShortErrors
+
+    refuse_repeated_keys()
 
     class Parser(ShortErrors, ArgumentParser):
         pass

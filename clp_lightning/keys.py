@@ -31,7 +31,8 @@ def check_keys(text: str) -> None:
         text: The YAML.
 
     Raises:
-        yaml.YAMLError: names the key, the way to it and both lines; or the text is no YAML.
+        yaml.YAMLError: names the key, the way to it and both lines; or says where the text is no
+            YAML, in one line.
 
     Example:
         >>> check_keys("model: {lr: 1}")
@@ -39,7 +40,10 @@ def check_keys(text: str) -> None:
         Traceback (most recent call last):
         yaml.error.YAMLError: model.lr stands twice, in lines 1 and 1; remove one.
     """
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        raise yaml.YAMLError(_in_a_line(error)) from error
     waiting = [] if root is None else [("", root)]
     seen: set[int] = set()  # an alias is the node that it names
     while waiting:
@@ -64,3 +68,22 @@ def check_keys(text: str) -> None:
                 )
             lines[key.value] = line
             waiting.append((path, value))
+
+
+def _in_a_line(error: yaml.MarkedYAMLError) -> str:
+    """Where a text is no YAML, and what the reader looked for.
+
+    Example:
+        >>> check_keys("trainer: {max_steps: 1")
+        Traceback (most recent call last):
+        yaml.error.YAMLError: line 1, column 23 is no YAML: expected ',' or '}', but got \
+'<stream end>', while parsing a flow mapping that begins in line 1.
+    """
+    place = error.problem_mark or error.context_mark
+    where = f"line {place.line + 1}, column {place.column + 1} is" if place else "it is"
+    said = f"{where} no YAML: {error.problem}"
+    if error.context:
+        said += f", {error.context}"
+        if error.context_mark:
+            said += f" that begins in line {error.context_mark.line + 1}"
+    return f"{said}."

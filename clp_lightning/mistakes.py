@@ -32,6 +32,10 @@ _KEY = re.compile(r"Parser key \"([^\"]+)\":")
 _OPTION = re.compile(r"Option '([^']+)' is not accepted")
 _NO_CLASS = re.compile(r"Not a valid subclass of (\w+)")
 _VALUE = re.compile(r"Given value: (.*)")
+_OF_A_FILE = {
+    "Problems parsing config": "",
+    "Unexpected config": " has to hold keys and values; it holds",
+}
 _NOISE = (
     "Does not validate",
     "Subtypes:",
@@ -46,12 +50,26 @@ class ShortErrors:
 
     exit_on_error: bool
     prog: str
+    #: The config file that is read, or was read last.
+    reading: str = "The config"
+
+    def parse_path(self, cfg_path: Any, *args: Any, **options: Any) -> Any:
+        """As jsonargparse's; a mistake in the file is told with its name."""
+        self.reading = str(cfg_path)
+        above: Any = super()
+        try:
+            return above.parse_path(cfg_path, *args, **options)
+        except UnicodeDecodeError as error:
+            self.error(f"{cfg_path} is not in UTF-8 ({error}); save it in that encoding.", error)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Says what is wrong; raises where jsonargparse would."""
         if not self.exit_on_error or os.environ.get("CLP_LIGHTNING_TRACEBACK"):
             above: Any = super()
             above.error(message, ex)
+        for start, told in _OF_A_FILE.items():
+            if message.startswith(start):
+                message = f"{self.reading}{told}{message.removeprefix(start)}"
         print(f"error: {in_short(message)}", file=sys.stderr)
         print(f"See {self.prog.replace(' [options]', '')} --help.", file=sys.stderr)
         sys.exit(2)

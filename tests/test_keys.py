@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from clp_lightning.__main__ import run
 from clp_lightning.cli import main
 from clp_lightning.keys import check_keys
 
@@ -44,3 +45,35 @@ def test_a_config_with_a_repeated_key_is_refused(
     error = capsys.readouterr().err
     assert "trainer.max_steps stands twice, in lines 8 and 9; remove one" in error
     assert "Traceback" not in error and len(error.splitlines()) <= 4
+
+
+@pytest.mark.parametrize("command", ["fit", "steer"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            b"trainer:\n  max_steps: 2\n bad: 1\n",
+            ": line 3, column 2 is no YAML: expected <block end>, but found '<block mapping start>'"
+            ", while parsing a block mapping that begins in line 1.",
+        ),
+        (
+            b"a: 1\n\tb: 2\n",
+            ": line 2, column 1 is no YAML: found character '\\t' that cannot start any token, "
+            "while scanning for the next token.",
+        ),
+        (b"a: 1\nb: 2\na: 3", ": a stands twice, in lines 1 and 3; remove one."),
+        (b"a", " has to hold keys and values; it holds: a"),
+        (b"a: \xe9", " is not in UTF-8 ("),
+        (b"\x00", ": unacceptable character #x0000"),
+    ],
+)
+def test_a_broken_file_is_named(
+    text: bytes, said: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_bytes(text)
+    with pytest.raises(SystemExit) as end:
+        run([command, "--config", str(config)])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert f"error: {config}{said}" in error and len(error.splitlines()) <= 3
