@@ -1,4 +1,7 @@
-"""Configs in which a key stands twice are refused: YAML takes the last one and drops the others."""
+"""Configs are refused in which a key stands twice, or a class is given by something else.
+
+Of a key that stands twice YAML takes the last and drops the others without a word.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ __all__ = ["check_keys", "refuse_repeated_keys"]
 
 
 def refuse_repeated_keys() -> None:
-    """Has jsonargparse read no config in which a key stands twice; a second call does nothing."""
+    """Has jsonargparse read no config that ``check_keys`` refuses; a second call does nothing."""
     if get_loader("yaml") is not _load:
         set_loader("yaml", _load, (yaml.YAMLError,))
 
@@ -25,13 +28,13 @@ def _load(text: str) -> Any:
 
 
 def check_keys(text: str) -> None:
-    """Refuses YAML with a mapping that has a key twice.
+    """Refuses YAML with a mapping that has a key twice, or a class that is no name.
 
     Args:
         text: The YAML.
 
     Raises:
-        yaml.YAMLError: names the key, the way to it and both lines; or says where the text is no
+        yaml.YAMLError: names the key, the way to it and its lines; or says where the text is no
             YAML, in one line.
 
     Example:
@@ -67,7 +70,23 @@ def check_keys(text: str) -> None:
                     f"{path} stands twice, in lines {first} and {line}; remove one."
                 )
             lines[key.value] = line
+            _check_class(key.value, path, value)
             waiting.append((path, value))
+
+
+def _check_class(key: str, path: str, value: yaml.Node) -> None:
+    """Refuses what jsonargparse stumbles over."""
+    line = value.start_mark.line + 1
+    kind = value.tag.rpartition(":")[2]
+    if key == "class_path" and kind != "str":
+        raise yaml.YAMLError(
+            f"{path} in line {line} is of type {kind}; give the import path of a class, "
+            "such as clp_lightning.CLPModule."
+        )
+    if key == "init_args" and kind != "map":
+        raise yaml.YAMLError(
+            f"{path} in line {line} is of type {kind}; give the class's arguments by name."
+        )
 
 
 def _in_a_line(error: yaml.MarkedYAMLError) -> str:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from importlib import import_module
 from types import UnionType
@@ -23,6 +23,8 @@ from typing import (
     get_args,
     get_origin,
 )
+
+from .advice import advice
 
 __all__ = ["ShortErrors", "in_short", "refuse_no_values"]
 
@@ -70,16 +72,23 @@ class ShortErrors:
         for start, told in _OF_A_FILE.items():
             if message.startswith(start):
                 message = f"{self.reading}{told}{message.removeprefix(start)}"
-        print(f"error: {in_short(message)}", file=sys.stderr)
+        print(f"error: {in_short(message, _options(ex))}", file=sys.stderr)
         print(f"See {self.prog.replace(' [options]', '')} --help.", file=sys.stderr)
         sys.exit(2)
 
 
-def in_short(message: str) -> str:
-    """The innermost complaint of jsonargparse's nested ones, with the way to it.
+def _options(error: Exception | None) -> list[str]:
+    """What the parser takes that complains, in full; none where jsonargparse does not tell."""
+    parser: Any = getattr(error, "subcommand_parser", None)
+    return [] if parser is None else [action.dest for action in parser._actions]
+
+
+def in_short(message: str, options: Sequence[str] = ()) -> str:
+    """The innermost complaint of jsonargparse's nested ones, with the way to it and a remedy.
 
     Args:
         message: What ``ArgumentParser.error`` is given.
+        options: What the command takes.
 
     Returns:
         One line, or the message as it is where it has no such structure.
@@ -96,14 +105,16 @@ def in_short(message: str) -> str:
     root = _tree(message)
     found = max(_complaints(root, ""), key=lambda each: each.depth, default=None)
     if found is None or "\n" not in message:
-        return message
+        return message + advice(message, options)
     text = found.text
     if found.owner and (option := _OPTION.match(text)):
         text += _suggestion(option[1].split(".")[0], found.owner)
     if no_class := _NO_CLASS.match(text):
         text = f"not a valid {no_class[1]}; give its class_path, and its arguments as init_args"
     told = "Got value" in text or _OPTION.match(text)
-    if found.value and not told and not found.value.startswith("Namespace("):
+    if remedy := advice(text):
+        text += remedy
+    elif found.value and not told and not found.value.startswith(("Namespace(", "[Namespace(")):
         text += f"; got {_described(found.value)}"
     return f"{found.where.strip()}: {text}" if found.where else text
 

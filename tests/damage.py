@@ -29,6 +29,13 @@ KINDS = (
 )
 # Too common to tell where a mistake is.
 COMMON = ("class_path", "init_args", "model", "data", "trainer")
+# A refusal says what to do, what would be right, or which values there are.
+SUGGESTS = re.compile(
+    r"did you mean|\b(must|should|has to|have to|needs?|takes|expected|give|use|set|add|save|leave"
+    r"|lower|remove|choose|write|mend|put|make|install|check)\b|at least|are required|accepts from"
+    r"|is a (number|share|whole number)|the rewards are",
+    re.IGNORECASE,
+)
 Path_ = tuple[Any, ...]
 
 
@@ -74,6 +81,8 @@ class Trial:
             return f"{len(lines)} lines"
         if self.marks and not any(mark in line for mark in self.marks for line in lines):
             return f"names none of {self.marks}"
+        if not SUGGESTS.search(" ".join(lines[: -1 if len(lines) > 1 else None])):
+            return "suggests nothing"
         return None
 
 

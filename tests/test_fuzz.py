@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
+from clp_lightning.cli import main
 from clp_lightning.mistakes import in_short, refuse_no_values
 from tests.damage import Trial, mutated, refusal
 
@@ -41,6 +42,25 @@ def test_the_innermost_complaint_is_told() -> None:
         "init_args; got the keys clas_path"
     )
     assert in_short("unrecognized arguments: --x") == "unrecognized arguments: --x"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (["--trainr.max_steps=1"], "trainr"),
+        (["--model=no.such.module.Thing"], "'no' importable (pip install, PYTHONPATH)"),
+        (["--model=torch.nn.Linear"], "give the class_path of a LightningModule, such as "),
+        (["--config", "seed_evrything: 1"], "did you mean 'seed_everything'?"),
+        (["--config", "trainer: {max_stps: 1}"], "did you mean 'trainer.max_steps'?"),
+    ],
+)
+def test_a_remedy_is_told(
+    damage: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "configs/quickstart.yaml", *damage])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 class Nullable:
@@ -110,6 +130,7 @@ def test_null_is_judged_by_the_alternatives_of_a_type() -> None:
     [
         (0, "", None),
         (2, "a warning\nerror: lr must be above 0\n", None),
+        (2, "error: lr is wrong\nSee --help, which you must.\n", "suggests nothing"),
         (2, "error: something is wrong\n", "names none of ['lr']"),
         (2, "error: lr\n" * 9, "9 lines"),
         (1, "error: lr\n", "exit 1"),

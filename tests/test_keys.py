@@ -1,4 +1,4 @@
-"""A key that stands twice in a config."""
+"""A key that stands twice in a config, and what else no reader of configs would understand."""
 
 from __future__ import annotations
 
@@ -26,9 +26,17 @@ def test_other_yaml_is_left_alone(text: str) -> None:
         ("a: 1\nb: 2\na: 1\n", "a stands twice, in lines 1 and 3"),
         ("a:\n- {b: 1}\n- b: 1\n  b: 2\n", r"a\.1\.b stands twice, in lines 3 and 4"),
         ("a: {b: 1}\nb: 1\na: 2\n", "a stands twice, in lines 1 and 3"),
+        ("a:\n- class_path: 3\n", r"a\.0\.class_path in line 2 is of type int; give the import"),
+        ("a: {class_path: {b: c}}", "a.class_path in line 1 is of type map; give the import path"),
+        ("a: {class_path: }", "a.class_path in line 1 is of type null; give the import path"),
+        (
+            "a: {class_path: b, init_args: 3}",
+            "a.init_args in line 1 is of type int; give the class's",
+        ),
+        ("a: {class_path: b, init_args: [c]}", "a.init_args in line 1 is of type seq; give the"),
     ],
 )
-def test_a_repeated_key_is_named(text: str, message: str) -> None:
+def test_the_key_is_named(text: str, message: str) -> None:
     with pytest.raises(yaml.YAMLError, match=message):
         check_keys(text)
 

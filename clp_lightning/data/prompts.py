@@ -218,7 +218,7 @@ class PromptDataModule(LightningDataModule):
         number = int(self.holdout) if self.holdout >= 1 else max(1, int(num_rows * self.holdout))
         if number >= num_rows:
             raise ValueError(
-                f"holdout {self.holdout} leaves nothing of {num_rows} rows to train on."
+                f"holdout {self.holdout} leaves nothing of {num_rows} rows to train on; lower it."
             )
         return number
 

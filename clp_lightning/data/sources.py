@@ -30,6 +30,10 @@ _UNREADABLE = (
     EOFError,
 )
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_FORMS = {
+    "json": ". Write one object a line, with the same columns and types in all.",
+    "csv": ". Write a line of column names, then one line a row.",
+}
 
 
 def as_source(name: str, source: Any) -> Source:
@@ -101,7 +105,7 @@ def load_rows(source: Source, config: str | None, split: str) -> Dataset:
         if not path.is_file():
             raise FileNotFoundError(f"The data file '{source}' does not exist.")
         if path.stat().st_size == 0:
-            raise ValueError(f"The data file '{source}' is empty.")
+            raise ValueError(f"The data file '{source}' is empty; it needs a row for every prompt.")
         if builder != "parquet":
             _check_encoding(path)
         try:
@@ -110,7 +114,7 @@ def load_rows(source: Source, config: str | None, split: str) -> Dataset:
             why = error.__cause__ or error
             raise ValueError(
                 f"The data file '{source}' has no rows or is not valid {builder}: "
-                f"{type(why).__name__} {why}"
+                f"{type(why).__name__} {why}{_FORMS.get(builder, '')}"
             ) from error
     if path.is_file():
         raise ValueError(
