@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 from zipfile import BadZipFile, ZipFile
 
-__all__ = ["LAST", "PREVIOUS", "check_readable", "checkpoint_file", "damaged", "readable"]
+__all__ = [
+    "LAST",
+    "PREVIOUS",
+    "check_readable",
+    "checkpoint_file",
+    "damaged",
+    "only_data",
+    "readable",
+]
 
 LAST = "last.ckpt"
 """The newest checkpoint of a run."""
@@ -71,6 +83,23 @@ def readable(path: str | Path, *, thorough: bool = False) -> Path:
             raise error from error.__cause__
         return before
     return path
+
+
+@contextmanager
+def only_data(path: Any) -> Iterator[None]:
+    """Says of a checkpoint that is not unpickled what it is, inside the block.
+
+    Raises:
+        ValueError: from torch's error, which would advise to unpickle it.
+    """
+    try:
+        yield
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and plain values, which is not unpickled, because "
+            "it could run any code; a checkpoint of clp_lightning does not. Was it written by "
+            "something else?"
+        ) from error
 
 
 def check_readable(path: str | Path, *, thorough: bool = False) -> None:

@@ -23,7 +23,7 @@ class FailsOnOne(Reward):
     Args:
         how: In which way.
         after: How often it works before.
-        file: It gets the time of the first failure.
+        file: It gets the time of every failure, a line each.
     """
 
     def __init__(self, how: str, after: int, file: str) -> None:
@@ -33,8 +33,8 @@ class FailsOnOne(Reward):
     def __call__(self, prompts: Any, completions: list[str], **columns: Any) -> list[float]:
         self.calls += 1
         if os.environ.get("LOCAL_RANK") == "1" and self.calls > self.after:
-            if not self.file.exists():
-                self.file.write_text(str(time.time()))
+            with self.file.open("a") as file:
+                file.write(f"{time.time()}\n")
             match self.how:
                 case "raises":
                     raise ConnectionError("nobody there")
@@ -81,23 +81,41 @@ def test_a_reward_that_fails_on_one_process_ends_both(
     tiny_folder: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    config = run_config(tmp_path, tiny_folder(), max_steps=4, val_check_interval=2)
+    ends_together("fit", layout, how, after, chunks, message, tiny_folder(), tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_predictions_end_together_too(
+    layout: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    message = "raised ConnectionError: nobody there"
+    ends_together("predict", layout, "raises", 1, 1, message, tiny_folder(), tmp_path)
+
+
+def ends_together(
+    command: str, layout: str, how: str, after: int, chunks: int, message: str, base: Path, to: Path
+) -> None:
+    """Checks what two processes say when a reward fails on the second one, and how soon."""
+    config = run_config(to, base, max_steps=4, val_check_interval=2)
     config["model"]["init_args"] |= {
         "rewards": {
             "kind": "tests.runs.kind",
             "failing": {
                 "class_path": "tests.test_ddp_faults.FailsOnOne",
-                "init_args": {"how": how, "after": after, "file": str(tmp_path / "failed")},
+                "init_args": {"how": how, "after": after, "file": str(to / "failed")},
             },
         },
         "reward_timeout": 2.0,
         "rollout_chunks": chunks,
     }
-    path = write_config(tmp_path / "config.yaml", config)
-    statuses = statuses_of_two(run, ["fit", "--config", path], 300, tmp_path, layout)
-    assert statuses == [2, 2]
-    assert time.time() - float((tmp_path / "failed").read_text()) < 30  # for the end of all
-    texts = [(tmp_path / f"output-{rank}").read_text() for rank in range(2)]
+    config["data"]["init_args"] |= {"eval_batch_size": 1, "holdout": 6}
+    path = write_config(to / "config.yaml", config)
+    assert statuses_of_two(run, [command, "--config", path], 300, to, layout) == [2, 2]
+    failed = list(map(float, (to / "failed").read_text().split()))
+    assert time.time() - failed[0] < 30  # for the end of all
+    # Once, or about the first response again, to tell whose fault it is.
+    assert len(failed) <= (1 if how == "hangs" else 2 * chunks)
+    texts = [(to / f"output-{rank}").read_text() for rank in range(2)]
     assert texts[0].count(f"Reward 'failing' {message}") == 1
     (line,) = (line for line in texts[0].splitlines() if "error:" in line)
     assert "On rank 1." in line and "Prompt: '" in line and "Completion: '" in line

@@ -9,13 +9,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ..checkpoints import LAST, PREVIOUS, damaged
-from ..modules.checkpoint import DurableCheckpointIO
+from ..modules.checkpoint import make_durable
 from .loggers import go_on, put_back
 
 __all__ = ["RunCheckpoint", "save_first"]
@@ -71,9 +69,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         self._told = self._leaving = False
         self._steps_done, self._validation_due = 0, False
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's
-            mapped = isinstance(trainer.strategy, ModelParallelStrategy)
-            trainer.strategy.checkpoint_io = DurableCheckpointIO(mapped)
+        make_durable(trainer)
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         """What Lightning takes for ``ckpt_path="last"``; without a last one the one before."""

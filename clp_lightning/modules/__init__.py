@@ -2,9 +2,9 @@
 
 from .clp import CLPModule
 from .critic import Critic
+from .diverged import TrainingDiverged
 from .optimizers import MuonAdamW
 from .reward import RewardModule
-from .stop import TrainingDiverged
 from .supervised import SupervisedModule
 from .supervision import ClassLabels, PreferencePairs, ScalarLabels, Supervision
 

@@ -17,13 +17,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..checkpoints import check_readable, readable
+from ..checkpoints import check_readable, only_data, readable
 from ..conditioning import Conditioner
 from ..described import Described, check_choice, describe, import_path
 from ..policy import Policy
 from ..pretrained import fingerprint
 from .checkpoint import WholeCheckpoints, warn_of_other_rewards
 from .checks import check_trainer
+from .diverged import check_gradients
 from .precision import check_quantised, exact_tensors_kept
 from .schedule import LRDecay, schedule
 from .sharding import device_only
@@ -190,11 +191,12 @@ class PolicyModule(Described, LightningModule):
             ValueError: the file is no whole checkpoint, or an argument was defined in a script or
                 notebook that is not this one.
         """
+        kwargs.setdefault("weights_only", True)  # which Lightning leaves out for what is remote
         path = args[0] if args else kwargs.get("checkpoint_path")
         if isinstance(path, (str, Path)):
             check_readable(path)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), only_data(path):
                 # The frozen base is meant to be missing; on_load_checkpoint looks for the rest.
                 warnings.filterwarnings("ignore", message="Found keys that are in the model state")
                 return super().load_from_checkpoint(*args, **kwargs)
@@ -263,8 +265,8 @@ class PolicyModule(Described, LightningModule):
         Raises:
             ValueError: says what differs.
         """
-        if self._trainer is not None:
-            readable(self.trainer.ckpt_path or "")  # torch compares no checksums
+        if self._trainer is not None and self.trainer.ckpt_path:
+            readable(self.trainer.ckpt_path)  # torch compares no checksums
         stored = checkpoint.get(_CHECKPOINT_KEY)
         if stored is None:
             raise ValueError(
@@ -311,12 +313,16 @@ class PolicyModule(Described, LightningModule):
         Args:
             nominal: What every micro-batch's sum was divided by.
             counted: The number to divide by, over all ranks and micro-batches.
+
+        Raises:
+            TrainingDiverged: they are not finite.
         """
         trainer = self.trainer
         factor = nominal * trainer.accumulate_grad_batches * trainer.world_size / max(counted, 1)
         grads = [p.grad for p in self.own_parameters() if p.grad is not None]
         if grads and factor != 1:
             torch._foreach_mul_(grads, factor)
+        check_gradients(self, grads)
 
     def trainer_state(self) -> Any:
         """What TRL's rewards may ask of the trainer; None without one."""

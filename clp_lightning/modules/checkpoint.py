@@ -12,13 +12,20 @@ import torch
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from ..checkpoints import LAST, PREVIOUS, damaged, readable
+from ..checkpoints import LAST, PREVIOUS, damaged, only_data, readable
 from .gathered import gather_checkpoints
 
-__all__ = ["DurableCheckpointIO", "WholeCheckpoints", "check_optimizer", "warn_of_other_rewards"]
+__all__ = [
+    "DurableCheckpointIO",
+    "WholeCheckpoints",
+    "check_optimizer",
+    "make_durable",
+    "warn_of_other_rewards",
+]
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -65,17 +72,22 @@ class DurableCheckpointIO(TorchCheckpointIO):
             ) from error
         self._own.add(target)
 
-    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        # Lightning would unpickle what is remote.
+        options = {"map_location": map_location, "weights_only": weights_only is not False}
         if not _is_local_file_protocol(path):
-            return super().load_checkpoint(path, *args, **kwargs)
+            with only_data(path):
+                return super().load_checkpoint(path, **options)
         found = readable(path, thorough=True)
         if found != Path(path):
             rank_zero_warn(damaged(path, found))
         self._own.add(found.resolve())
-        if self.mapped:
-            weights_only = kwargs.get("weights_only")
-            return torch.load(found, "cpu", mmap=True, weights_only=weights_only)
-        return super().load_checkpoint(found, *args, **kwargs)
+        with only_data(found):
+            if self.mapped:
+                return torch.load(found, mmap=True, **options)
+            return super().load_checkpoint(found, **options)
 
     def _keep(self, last: Path) -> None:
         """Makes ``last``, which is about to be replaced, the previous one."""
@@ -91,6 +103,13 @@ class DurableCheckpointIO(TorchCheckpointIO):
             self._own.add(previous)
         elif previous not in self._own:
             previous.unlink(missing_ok=True)
+
+
+def make_durable(trainer: Trainer) -> None:
+    """Has ``trainer`` read and write checkpoints by ``DurableCheckpointIO``, not by Lightning's."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's
+        mapped = isinstance(trainer.strategy, ModelParallelStrategy)
+        trainer.strategy.checkpoint_io = DurableCheckpointIO(mapped)
 
 
 def _sync(folder: Path) -> None:
@@ -116,6 +135,7 @@ class WholeCheckpoints(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         gather_checkpoints(trainer, stage)
+        make_durable(trainer)
         self._stored_optimizers = []
 
     def on_load_checkpoint(
@@ -136,7 +156,8 @@ class WholeCheckpoints(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         try:
-            readable(trainer.ckpt_path or "")
+            if trainer.ckpt_path:
+                readable(trainer.ckpt_path)
         except ValueError as error:
             exception.add_note(str(error))
 

@@ -8,7 +8,6 @@ from typing import Any, Literal, Self, get_args
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ..conditioning import Conditioner
 from ..described import check_bound, check_choice, check_finite, describe, import_path
@@ -26,6 +25,7 @@ from .ahead import Sampled, check_sampling, sample
 from .base import LRDecay, PolicyModule
 from .cost import Cost
 from .critic import Critic
+from .diverged import total_norm
 from .precision import float32_by_default
 from .sharding import shard
 from .signal import KLForm, LearningSignal
@@ -284,8 +284,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         written = self.global_step < 10 or (every and (self.global_step + 1) % every == 0)
         if written:
             grads = [p.grad for p in self.own_parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
-            step["grad_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            step["grad_norm"] = total_norm(grads)
         for name, value in {**step, **reported}.items():
             if written or name in shown:
                 self.log(f"train/{name}", value, prog_bar=name in shown)
@@ -341,9 +340,3 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         parameters = list(self.critic.parameters())
         group = {"params": parameters, "lr": self.critic.lr, "weight_decay": 0.0, "name": "critic"}
         return [group]
-
-    def last_checkpoint(self) -> str | None:
-        """Where the newest checkpoint of this run lies."""
-        callback = self.trainer.checkpoint_callback
-        path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
-        return path or None

@@ -10,22 +10,18 @@ from lightning.pytorch import Trainer
 
 from ..rewards import RewardError, Scores
 from ..types import Rollout
+from .diverged import TrainingDiverged, newest_checkpoint
 
 if TYPE_CHECKING:
     from .clp import CLPModule
 
 __all__ = [
     "DropLimit",
-    "TrainingDiverged",
     "ask_rewards",
     "check_step",
     "empty_front",
     "raise_together",
 ]
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is not finite, or the KL passed its bound; the last checkpoint is still good."""
 
 
 class DropLimit:
@@ -98,9 +94,12 @@ def ask_rewards(module: CLPModule, rollout: Rollout) -> Scores:
     """The scores of ``rollout``: what was asked about it ahead of time, or asked now.
 
     With several ranks, what a reward raises becomes ``module.failure`` and scores of nothing, for
-    the next ``raise_together`` to tell the others.
+    the next ``raise_together`` to tell the others; until then no reward is asked again.
     """
     asked, module.asked = module.asked, []
+    nothing = Scores.nothing(len(rollout), len(module.rewards.names), module.rewards.mean.device)
+    if module.failure is not None:
+        return nothing
     try:
         if asked and module.rewards.are_about(asked, rollout):
             return module.rewards.answers(asked)
@@ -109,7 +108,7 @@ def ask_rewards(module: CLPModule, rollout: Rollout) -> Scores:
         if module.trainer.world_size == 1:
             raise
         module.failure = error
-        return Scores.nothing(len(rollout), len(module.rewards.names), module.rewards.mean.device)
+        return nothing
     return scores
 
 
@@ -144,8 +143,7 @@ def check_step(module: CLPModule, step: dict[str, float]) -> None:
         raise_together(module)
     if lost := module.drop_limit.add(step.get("dropped", 0.0), step["responses"]):
         raise module.drop_limit.error(module, f"Step {module.global_step}: {lost}")
-    where = module.last_checkpoint()
-    remedy = f"The last good checkpoint is {where}." if where else "No checkpoint was written."
+    remedy = newest_checkpoint(module)
     if step.pop("not_finite"):
         raise TrainingDiverged(
             f"The loss at step {module.global_step} is not finite. {remedy} "

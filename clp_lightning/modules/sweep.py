@@ -117,12 +117,12 @@ class FrontSweep(LightningModule):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         for rollout, point in self.sweep(batch, with_reference=True):
             self._add(rollout, point)
+        raise_together(self)  # type: ignore[arg-type]
 
     def on_validation_epoch_end(self) -> None:
         self._report_front("val")
 
     def _report_front(self, stage: str) -> None:
-        raise_together(self)  # type: ignore[arg-type]
         try:
             self.front_report = self.front.compute()
         except ValueError as error:
@@ -143,12 +143,14 @@ class FrontSweep(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One record per response: what was asked, under which preference, and the answer."""
-        records = []
-        for rollout, _ in self.sweep(batch, with_reference=False):
-            raw = self.rewards(rollout, trainer_state=self.trainer_state()).raw
-            for row in range(len(rollout)):
-                records.append(self._record(rollout, raw[row], row))
-        return records
+        answers = [rollout for rollout, _ in self.sweep(batch, with_reference=False)]
+        scores = [ask_rewards(self, rollout).raw for rollout in answers]  # type: ignore[arg-type]
+        raise_together(self)  # type: ignore[arg-type]
+        return [
+            self._record(rollout, raw[row], row)
+            for rollout, raw in zip(answers, scores, strict=True)
+            for row in range(len(rollout))
+        ]
 
     # -- the sweep ----------------------------------------------------------------------------
 

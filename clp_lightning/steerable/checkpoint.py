@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoints import checkpoint_file
+from ..checkpoints import checkpoint_file, only_data
 from ..pretrained import as_pretrained
 from .trained import Trained
 
@@ -83,13 +82,8 @@ def _front(file: Path, step: int) -> dict[str, Any] | None:
 def _load(run: str | Path) -> tuple[Path, dict[str, Any]]:
     """The checkpoint's file and contents; of tensors that nobody uses, nothing is read."""
     file = checkpoint_file(run)
-    try:
+    with only_data(file):
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except UnpicklingError as error:
-        raise ValueError(
-            f"{file} holds more than tensors and plain values, which is not unpickled; a CLP run's "
-            "does not. Was it written by something else?"
-        ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{file} holds a {type(checkpoint).__name__}, not a run's checkpoint.")
     return file, checkpoint
