@@ -113,6 +113,8 @@ def broken(draw: random.Random, config: dict[str, Any], folder: Path) -> Trial:
     config = copy.deepcopy(config)
     config["data"]["init_args"]["source"] = str(path)
     marks = ["damaged.jsonl", "document", "summary", f"Row {row}"]
+    if kind in ("half a line", "not an object"):
+        marks = [f"line {row + 1} is no JSON"]
     return Trial(f"{kind}, row {row}", yaml.safe_dump(config), marks, kind)
 
 

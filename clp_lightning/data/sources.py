@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,8 +32,8 @@ _UNREADABLE = (
 )
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _FORMS = {
-    "json": ". Write one object a line, with the same columns and types in all.",
-    "csv": ". Write a line of column names, then one line a row.",
+    "json": " Write one object a line, with the same columns and types in all.",
+    "csv": " Write a line of column names, then one line a row.",
 }
 
 
@@ -66,6 +67,22 @@ def has_splits(source: Source) -> bool:
 
 def _builder(path: Path) -> str | None:
     return _BUILDERS.get(path.suffix.lower())
+
+
+def _bad_line(path: Path) -> str | None:
+    """Which line of a .jsonl file is no object; the reader counts rows within a block of them."""
+    if path.suffix.lower() != ".jsonl":
+        return None
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            text = line.strip()
+            try:
+                found = json.loads(text) if text else {}
+            except ValueError as error:
+                return f"line {number} is no JSON ({error})"
+            if not isinstance(found, dict):
+                return f"line {number} is no JSON object"
+    return None
 
 
 def _check_encoding(path: Path) -> None:
@@ -114,7 +131,7 @@ def load_rows(source: Source, config: str | None, split: str) -> Dataset:
             why = error.__cause__ or error
             raise ValueError(
                 f"The data file '{source}' has no rows or is not valid {builder}: "
-                f"{type(why).__name__} {why}{_FORMS.get(builder, '')}"
+                f"{_bad_line(path) or why}.{_FORMS.get(builder, '')}"
             ) from error
     if path.is_file():
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,20 @@ def test_a_folder_may_have_such_a_name(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     for source in ("set@refs/main", "other@v2"):
         assert load_rows(source, None, "train").to_list() == ROWS.to_list()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "tea', "line 31 is no JSON (Unterminated string"),
+        ('["tea"]', "line 31 is no JSON object. Write one object a line"),
+        ("tea", "line 31 is no JSON (Expecting value"),
+    ],
+)
+def test_the_line_that_is_wrong_is_named(line: str, said: str, tmp_path: Path) -> None:
+    lines = ['{"prompt": "tea"}'] * 40
+    lines[30] = line
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"rows\.jsonl' .*" + re.escape(said)):
+        load_rows(str(path), None, "train")
