@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from benchmarks.exact import plan, run
 from clp_lightning.cli import main
 
 
+@pytest.mark.slow
 def test_every_run_of_the_plan_builds(tmp_path: Path) -> None:
     runs = plan.plan()
     assert len({one.name for one in runs}) == len(runs)

@@ -127,6 +127,7 @@ def test_the_data_of_the_page() -> None:
     assert batch.prompts[:2] == ["What is 0 + 0?", "What is 1 + 1?"]
 
 
+@pytest.mark.slow
 def test_the_pictures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = runpy.run_path(str(ROOT / "docs/pictures.py"))
     used = pictures["main"].__globals__

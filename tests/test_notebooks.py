@@ -92,11 +92,13 @@ def test_steering(
     assert "<th>response</th>" in shown
 
 
+@pytest.mark.slow
 def test_own_reward_and_conditioner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = run("03_own_reward_and_conditioner", tmp_path, monkeypatch, **TINY_STEPS)
     assert "<th>vowels</th>" in shown and "<Figure" in shown
 
 
+@pytest.mark.slow
 def test_exact_optimum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = TINY_STEPS | {"divisions": 2, "alpha": 0.1}
     shown = run("04_exact_optimum", tmp_path, monkeypatch, **settings)

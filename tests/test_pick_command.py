@@ -145,6 +145,7 @@ def test_rewards_that_score_nothing_are_named(
         assert message in getattr(capsys.readouterr(), where)
 
 
+@pytest.mark.slow
 def test_a_trained_dial_meets_a_floor_that_binds_on_held_out_prompts(
     tiny_folder: Callable[..., Path], tmp_path: Path, capsys: Any
 ) -> None:

@@ -297,7 +297,13 @@ def test_every_conditioner_baseline_and_kl(
 
 
 @pytest.mark.parametrize(
-    ("stop", "kl"), [(False, "response"), (True, "response"), (True, "to_go"), (True, "vocabulary")]
+    ("stop", "kl"),
+    [
+        pytest.param(False, "response", marks=pytest.mark.slow),
+        (True, "response"),
+        (True, "to_go"),
+        pytest.param(True, "vocabulary", marks=pytest.mark.slow),
+    ],
 )
 def test_gradient_is_that_of_the_objective(
     stop: bool, kl: str, base_folder: Callable[[ExactTask], Path], tmp_path: Path
@@ -316,10 +322,10 @@ def test_gradient_is_that_of_the_objective(
 @pytest.mark.parametrize(
     ("kind", "stop"),
     [
-        (OwnSampleMean, False),
+        pytest.param(OwnSampleMean, False, marks=pytest.mark.slow),
         (K3InReturn, False),
-        (DividedByDeviation, False),
-        (CutSampler, False),
+        pytest.param(DividedByDeviation, False, marks=pytest.mark.slow),
+        pytest.param(CutSampler, False, marks=pytest.mark.slow),
         (TokenMean, True),
         (WithoutOwnKL, True),
     ],

@@ -149,6 +149,7 @@ def test_a_model_with_a_bias_behind_its_output_layer_is_not_cut(
         assert torch.equal(cut, whole)
 
 
+@pytest.mark.slow
 def test_shards_are_cut_where_one_device_has_many_logits(
     tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
