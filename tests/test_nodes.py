@@ -24,6 +24,8 @@ CASES = [
     Case("llama", "full", checkpoints=True, drops=True),
     Case("t5", "lora", checkpoints=True, drops=True),
     Case("t5", "attention", drops=True, batch_size=2),
+    Case("llama", "logits", drops=True),
+    Case("t5", "prompt", checkpoints=True, drops=True),
 ]
 needs_namespaces = pytest.mark.skipif(
     not can_have_namespaces(), reason="needs iproute2 and the right to namespaces"
