@@ -44,13 +44,11 @@ def advice(text: str, options: Iterable[str] = ()) -> str:
 
 def closest(option: str, options: Iterable[str]) -> str:
     """Which of ``options`` was perhaps meant; a last part that none of them has is kept."""
-    known = list(options)
-    for shared in range(option.count(".") + 1):
-        parts = option.split(".")
-        head, tail = ".".join(parts[: len(parts) - shared]), parts[len(parts) - shared :]
-        alike = [each for each in known if each.count(".") == head.count(".")]
-        if close := difflib.get_close_matches(head, alike, n=1):
-            return f"; did you mean '{'.'.join([*close, *tail])}'?"
+    known, parts = list(options), option.split(".")
+    for end in range(len(parts), 0, -1):
+        alike = [each for each in known if each.count(".") == end - 1]
+        if close := difflib.get_close_matches(".".join(parts[:end]), alike, n=1):
+            return f"; did you mean '{'.'.join([*close, *parts[end:]])}'?"
     return ""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
 import math
 import os
@@ -24,7 +23,7 @@ from typing import (
     get_origin,
 )
 
-from .advice import advice
+from .advice import advice, closest
 
 __all__ = ["ShortErrors", "in_short", "refuse_no_values"]
 
@@ -178,9 +177,8 @@ def _suggestion(option: str, owner: str) -> str:
     except (ValueError, TypeError):
         return ""
     accepted = [name for name in signature.parameters if name not in ("args", "kwargs")]
-    close = difflib.get_close_matches(option, [*accepted, "class_path", "init_args"], n=1)
-    if close:
-        return f"; did you mean '{close[0]}'?"
+    if meant := closest(option, [*accepted, "class_path", "init_args"]):
+        return meant
     shown = ", ".join(accepted)
     return f"; it takes {shown if len(shown) <= _WIDTH else shown[:_WIDTH] + ' …'}"
 

@@ -307,12 +307,15 @@ class PolicyModule(Described, LightningModule):
         total: torch.Tensor = reduced.cpu()
         return total
 
-    def scale_gradients(self, nominal: float, counted: float) -> None:
+    def scale_gradients(self, nominal: float, counted: float) -> float:
         """From the mean over ranks and micro-batches of (sum / nominal) to sum / ``counted``.
 
         Args:
             nominal: What every micro-batch's sum was divided by.
             counted: The number to divide by, over all ranks and micro-batches.
+
+        Returns:
+            Their norm.
 
         Raises:
             TrainingDiverged: they are not finite.
@@ -322,7 +325,7 @@ class PolicyModule(Described, LightningModule):
         grads = [p.grad for p in self.own_parameters() if p.grad is not None]
         if grads and factor != 1:
             torch._foreach_mul_(grads, factor)
-        check_gradients(self, grads)
+        return check_gradients(self, grads)
 
     def trainer_state(self) -> Any:
         """What TRL's rewards may ask of the trainer; None without one."""

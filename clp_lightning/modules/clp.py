@@ -25,7 +25,6 @@ from .ahead import Sampled, check_sampling, sample
 from .base import LRDecay, PolicyModule
 from .cost import Cost
 from .critic import Critic
-from .diverged import total_norm
 from .precision import float32_by_default
 from .sharding import shard
 from .signal import KLForm, LearningSignal
@@ -265,15 +264,15 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         check_step(self, step)
         self.cost.add_step(step)
         kept = step.pop("kept")
-        self.scale_gradients(step.pop("nominal"), kept)
+        norm = self.scale_gradients(step.pop("nominal"), kept)
         if not kept:  # a zero gradient would still move weights, on Adam's momentum
             self.zero_grad(set_to_none=True)
         used = [step.pop(f"used/{i}") > 0 for i in range(len(self.rewards.names) + 1)]
         self.policy.conditioner.drop_idle_gradients(torch.tensor(used))
         self.step_report = step
-        self._log_step(step)
+        self._log_step(step, norm)
 
-    def _log_step(self, step: dict[str, float]) -> None:
+    def _log_step(self, step: dict[str, float], norm: float) -> None:
         """Every number when loggers write, and in short runs; else what the progress bar shows.
 
         Lightning's bookkeeping costs as much per number as a small layer of a network.
@@ -283,8 +282,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         written = self.global_step < 10 or (every and (self.global_step + 1) % every == 0)
         if written:
-            grads = [p.grad for p in self.own_parameters() if p.grad is not None]
-            step["grad_norm"] = total_norm(grads)
+            step["grad_norm"] = norm
         for name, value in {**step, **reported}.items():
             if written or name in shown:
                 self.log(f"train/{name}", value, prog_bar=name in shown)

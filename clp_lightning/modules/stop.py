@@ -97,19 +97,17 @@ def ask_rewards(module: CLPModule, rollout: Rollout) -> Scores:
     the next ``raise_together`` to tell the others; until then no reward is asked again.
     """
     asked, module.asked = module.asked, []
-    nothing = Scores.nothing(len(rollout), len(module.rewards.names), module.rewards.mean.device)
-    if module.failure is not None:
-        return nothing
-    try:
-        if asked and module.rewards.are_about(asked, rollout):
-            return module.rewards.answers(asked)
-        scores: Scores = module.rewards(rollout, trainer_state=module.trainer_state())
-    except RewardError as error:
-        if module.trainer.world_size == 1:
-            raise
-        module.failure = error
-        return nothing
-    return scores
+    if module.failure is None:
+        try:
+            if asked and module.rewards.are_about(asked, rollout):
+                return module.rewards.answers(asked)
+            scores: Scores = module.rewards(rollout, trainer_state=module.trainer_state())
+            return scores
+        except RewardError as error:
+            if module.trainer.world_size == 1:
+                raise
+            module.failure = error
+    return Scores.nothing(len(rollout), len(module.rewards.names), module.rewards.mean.device)
 
 
 def raise_together(module: CLPModule) -> None:
