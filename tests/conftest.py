@@ -24,12 +24,17 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _clean_environment() -> Iterator[None]:
-    """No test leaves a seed in the environment for the next one (``seed_everything`` does)."""
+    """No test leaves a seed (``seed_everything`` does) or a process group for the next one.
+
+    Processes that are forked later would inherit the group, and wait for nobody.
+    """
     kept = os.environ.get("PL_GLOBAL_SEED")
     yield
     os.environ.pop("PL_GLOBAL_SEED", None)
     if kept is not None:
         os.environ["PL_GLOBAL_SEED"] = kept
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
