@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -166,6 +166,24 @@ class PromptBatch:
         return replace(self, preference=self.preference.to(device, non_blocking))
 
 
+class StemStates(NamedTuple):
+    """What the blocks of a policy that no preference changes made of one response.
+
+    Attributes:
+        stem: Those blocks; to nobody else are the states of use.
+        prompt_ids: Tokens of the prompt, shape (l,).
+        prompt: States of them, shape (l, d).
+        response_ids: Tokens of the response, shape (t,).
+        response: States of all but the last, which is never read, shape (t - 1, d).
+    """
+
+    stem: Any
+    prompt_ids: Tensor
+    prompt: Tensor
+    response_ids: Tensor
+    response: Tensor
+
+
 @dataclass
 class Rollout:
     """Sampled responses; row b is one response.
@@ -188,6 +206,7 @@ class Rollout:
         reference_input_ids: The plain prompt where the policy's was rewritten (prompt-CLP).
         reference_prompt_mask: Its mask.
         predicted: What a critic expects of the K rewards and the KL, shape (B, K + 1), or None.
+        stem: What need not be computed again, of every response, or None.
     """
 
     prompts: list[Prompt]
@@ -206,6 +225,7 @@ class Rollout:
     reference_input_ids: Tensor | None = None
     reference_prompt_mask: Tensor | None = None
     predicted: Tensor | None = None
+    stem: list[StemStates] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -267,7 +287,7 @@ def _joined(values: list[Any]) -> Any:
         return Preference.cat(values)
     if isinstance(first, Mapping):
         return {name: _joined([value[name] for value in values]) for name in first}
-    return None if first is None else [item for value in values for item in value]
+    return None if any(v is None for v in values) else [item for v in values for item in v]
 
 
 def _as_wide(values: list[Any], fill: int, side: str) -> list[Any]:

@@ -168,6 +168,10 @@ class Conditioner(Described, nn.Module, ABC):
     def shared(self) -> list[nn.Parameter]:
         """Parameters that all preferences share, possibly none."""
 
+    def changed_layers(self) -> list[nn.Module] | None:
+        """The layers that are trained, or compute otherwise under a preference; None if any may."""
+        return None
+
     def move_in(self) -> None:
         """Puts parameters that lie outside the model into the modules that compute with them.
 

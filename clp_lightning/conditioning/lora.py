@@ -176,6 +176,9 @@ class LoRA(Conditioner):
         )
         return down, up
 
+    def changed_layers(self) -> list[nn.Module]:
+        return list(self._layers.values())
+
     def copies(self) -> list[list[nn.Parameter]]:
         return [self._parameters_of(adapter) for adapter in self._adapters if adapter != SHARED]
 

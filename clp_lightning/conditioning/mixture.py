@@ -132,6 +132,9 @@ class Mixture(Conditioner):
             return any(module is output for module, _ in places)
         return any(re.search(pattern, name) for pattern in self.targets)
 
+    def changed_layers(self) -> list[nn.Module]:
+        return [module for places in self._places for module, _ in places]
+
     # -- merging ------------------------------------------------------------------------------
 
     @contextmanager

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import pretrained as pretrained_models
@@ -19,13 +18,14 @@ from ..conditioning.sharded import ADOPTED
 from ..functional.logprobs import log_distribution, token_logprobs
 from ..pretrained import Pretrained
 from ..types import Preference, Prompt, Rollout
-from .blocks import blocks
 from .encoding import Encoding, pad
 from .lengths import Bundle, bundles, whole
 from .linear import speed_up_linears
-from .prefix import read_prompt
+from .prefix import first_of_group, read_prompt
 from .readout import InPieces, OfLogits, Readout, can_be_cut
-from .scoring import first_of_group, score_full, score_shared, stand_in, worth_sharing
+from .scoring import score_full, score_shared, stand_in, worth_sharing
+from .sharded import shard_model
+from .stem import Given, Stem
 
 __all__ = ["Policy"]
 
@@ -49,6 +49,7 @@ class Policy(nn.Module):
     Attributes:
         share_prompts: Whether the responses of a prompt share it: computed once in scoring, stored
             once while decoding. Decided by sizes if None; the values are the same to rounding.
+        share_stem: Whether what the blocks below all conditioned ones made of a rollout is kept.
         cut_by_length: Whether scoring runs responses of like length together, where lengths differ
             so much that it pays. The values are the same to rounding.
     """
@@ -71,7 +72,8 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.gradient_checkpointing = gradient_checkpointing
         self.share_prompts: bool | None = None
-        self.cut_by_length = True
+        self.share_stem = self.cut_by_length = True
+        self._stem: Stem | None = None
         self._mesh: DeviceMesh | None = None
         self._can_be_cut: bool | None = None  # asked once
         self._answering_for: Preference | Literal["reference"] | None = None
@@ -105,6 +107,7 @@ class Policy(nn.Module):
         self.model = model
         self.conditioner.attach_once(model, names, seed)
         speed_up_linears(model)
+        self._stem = Stem.of(model, self.conditioner)
         self._num_weights = model.num_parameters()  # to count takes longer than some passes
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable(
@@ -122,19 +125,14 @@ class Policy(nn.Module):
         """
         if self.is_sharded:
             return
-        self.conditioner.move_in()
-        for block in blocks(self.model):
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
-        if self.model.config.is_encoder_decoder:
-            # By the model's hooks, which gather what lies outside the blocks.
-            self.model.encode_whole = partial(_encode, self.model)  # type: ignore[assignment]
-            register_fsdp_forward_method(self.model, "encode_whole")
-        self.conditioner.take_shards()
-        if next(self.conditioner.coefficients.parameters(), None) is not None:
-            fully_shard(self.conditioner.coefficients, mesh=mesh)
+        shard_model(self.model, self.conditioner, mesh)
         # Alike everywhere, whatever the sizes of the batches.
         self.share_prompts, self.cut_by_length, self._mesh = False, False, mesh
+
+    @property
+    def stem(self) -> Stem | None:
+        """The first blocks, which no preference changes; None where there are none, or unwanted."""
+        return self._stem if self.share_stem and not self.is_sharded else None
 
     @property
     def is_sharded(self) -> bool:
@@ -285,7 +283,8 @@ class Policy(nn.Module):
         wish = self.share_prompts
         share = worth_sharing(self._num_weights, ids, groups) if wish is None else wish
         share &= not recomputes
-        score = score_shared if share else score_full
+        given = Given(self.stem, rollout)
+        score = partial(score_shared, given=given) if share else score_full
         parts = self._bundles(rollout, mask, share, cut and self.cut_by_length)
         readout = self._readout(rollout, of_logits)
         with self.eval_mode(unless=recomputes):
@@ -344,7 +343,3 @@ class Policy(nn.Module):
             for name, parameter in self.named_parameters()
             if parameter.requires_grad and ADOPTED not in name
         }
-
-
-def _encode(model: PreTrainedModel, **inputs: Tensor) -> Any:
-    return model.get_encoder()(**inputs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache as memoize
 from typing import Any
@@ -20,7 +21,19 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .cache import shallow_copy
 
-__all__ = ["Prefix", "extend", "positions", "read_prompt", "run", "run_encoder"]
+__all__ = [
+    "Prefix",
+    "Rows",
+    "extend",
+    "first_of_group",
+    "positions",
+    "read_prompt",
+    "run",
+    "run_encoder",
+]
+
+Rows = Callable[[Tensor], AbstractContextManager[None]]
+"""Opens the preference for a batch whose rows are those at an index."""
 
 
 @dataclass
@@ -61,6 +74,19 @@ class Prefix:
             None if self.encoded is None else self.encoded[rows],
             self.fixed,
         )
+
+
+def first_of_group(groups: Tensor) -> Tensor:
+    """Row of the first response of every group, shape (G,).
+
+    Example:
+        >>> first_of_group(torch.tensor([0, 0, 1, 1, 1])).tolist()
+        [0, 2]
+    """
+    count = int(groups.max()) + 1
+    rows = torch.arange(len(groups), device=groups.device)
+    start = torch.full((count,), len(groups), device=groups.device)
+    return start.scatter_reduce(0, groups, rows, "amin")
 
 
 @memoize

@@ -17,6 +17,7 @@ from ..keyed import uniforms
 from ..types import Preference, PromptBatch, Rollout
 from .policy import Policy
 from .sampling import Sampling, sample_tokens
+from .stem import Recording
 from .steps import CompiledSteps, Steps, compile_forward
 from .voices import Voices, mixes_rows
 
@@ -147,7 +148,11 @@ class TransformersEngine(Engine):
         mask = torch.zeros(shape, dtype=torch.bool, device=rows.device)
         logp = torch.zeros(shape, dtype=torch.float64, device=rows.device)
         finished = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        with policy.eval_mode():
+        # Where it is computed as scoring would compute it, and scored.
+        records = self.on_policy and not (self.compile or self.precision or policy.is_reference)
+        most = input_ids.shape[1] + sampling.max_new_tokens
+        record = Recording(policy.stem if records else None, len(rows), most)
+        with policy.eval_mode(), record:
             for asked in _answerable_together(policy, preference):
                 mine = torch.isin(rows, asked)
                 local = torch.searchsorted(asked, rows[mine])
@@ -164,6 +169,7 @@ class TransformersEngine(Engine):
                         sampling,
                         share,
                         mine.nonzero().squeeze(-1),
+                        record,
                     )
                 response_ids[mine, : ids.shape[1]] = ids
                 mask[mine, : ids.shape[1]] = part
@@ -190,6 +196,7 @@ class TransformersEngine(Engine):
             logp=None if self.precision else logp,
             reference_input_ids=None if plain is None else plain[0][rows],
             reference_prompt_mask=None if plain is None else plain[1][rows],
+            stem=record.states,
         )
 
     def _steps(self, policy: Policy, sampling: Sampling) -> Steps:
@@ -222,6 +229,7 @@ class TransformersEngine(Engine):
         sampling: Sampling,
         share: Tensor | None,
         number: Tensor,
+        record: Recording,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens, mask and log-probabilities, shape (B, T), and which rows met a stop token.
 
@@ -230,6 +238,7 @@ class TransformersEngine(Engine):
         stop = torch.tensor(policy.stop_ids, device=rows.device, dtype=torch.long)
         steps = self._steps(policy, sampling)  # with copies of weights for these preferences only
         voices = Voices(policy, input_ids, prompt_mask, rows, share, steps)
+        record.begins(input_ids, prompt_mask, rows, sampling.max_new_tokens)
         shape = (len(rows), sampling.max_new_tokens)
         tokens = torch.full(shape, policy.pad_id, device=rows.device)
         mask = torch.zeros(shape, dtype=torch.bool, device=rows.device)
@@ -258,6 +267,8 @@ class TransformersEngine(Engine):
                     voices.select(kept)
                     running, token = running[kept], token[kept]
                 voices.extend(token)
+                record.extends(running, step)
+        record.ended(number, tokens, mask.sum(-1))
         length = step + 1
         return tokens[:, :length], mask[:, :length], logps[:, :length], finished
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -13,29 +11,14 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..types import Preference, Rollout
 from .lengths import Bundle, score_bundles
-from .prefix import accepted, extend, positions, read_prompt, run_encoder
+from .prefix import Rows, accepted, extend, first_of_group, positions, read_prompt, run_encoder
 from .readout import Readout
+from .stem import Given
 
-__all__ = ["first_of_group", "score_full", "score_shared", "stand_in", "worth_sharing"]
+__all__ = ["score_full", "score_shared", "stand_in", "worth_sharing"]
 
 # Multiplications that sharing prompts must save, or the second pass costs more than it saves.
 _WORTH_SHARING = 1e9
-
-Rows = Callable[[Tensor], AbstractContextManager[None]]
-"""Opens the preference for a batch whose rows are those of the rollout at an index."""
-
-
-def first_of_group(groups: Tensor) -> Tensor:
-    """Row of the first response of every group, shape (G,).
-
-    Example:
-        >>> first_of_group(torch.tensor([0, 0, 1, 1, 1])).tolist()
-        [0, 2]
-    """
-    count = int(groups.max()) + 1
-    rows = torch.arange(len(groups), device=groups.device)
-    start = torch.full((count,), len(groups), device=groups.device)
-    return start.scatter_reduce(0, groups, rows, "amin")
 
 
 def worth_sharing(num_weights: int, input_ids: Tensor, groups: Tensor) -> bool:
@@ -80,6 +63,7 @@ def score_shared(
     bundles: list[Bundle],
     rows: Rows,
     readout: Readout,
+    given: Given,
 ) -> Tensor:
     """Every prompt once, its cache repeated over the responses of its group.
 
@@ -92,12 +76,13 @@ def score_shared(
         bundles: Responses that are run together.
         rows: Opens the preference of the rollout's rows at an index.
         readout: Reads off the logits what is wanted, for example log-probabilities.
+        given: What of it need not be computed again.
 
     Returns:
         The readout of every position, shape (B, T, ...); those behind the end mean nothing.
     """
     first = first_of_group(groups)
-    with rows(first), readout.model_runs():
+    with rows(first), given.prompts(first, prompt_mask.shape[1]), readout.model_runs():
         prompts = read_prompt(model, input_ids[first], prompt_mask[first])
 
     def score(bundle: Bundle) -> Tensor:
@@ -107,7 +92,7 @@ def score_shared(
             start = readout(prefix.logits.unsqueeze(1), ids[:, :1])
             if bundle.response == 1:
                 return start
-            with readout.model_runs():
+            with given.responses(bundle.rows, bundle.response - 1), readout.model_runs():
                 logits = extend(model, prefix, ids[:, :-1])
             return torch.cat([start, readout(logits, ids[:, 1:])], dim=1)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Self
 
 import torch
@@ -49,12 +50,17 @@ class Voices:
         every = torch.arange(self._count, device=rows.device)
         self._parts = [every] if mixes_rows(policy) else list(every.split(1))
         self._prefixes = []
+        stem = policy.stem
         prompts = torch.arange(len(input_ids), device=rows.device)
         for part in self._parts:
             asked = _side_by_side(prompts, self._count, part)
             prompt = asked // self._count
-            with steps.rows(policy, asked):
-                prefix = read_prompt(policy.model, input_ids[prompt], prompt_mask[prompt])
+            ids, mask = input_ids[prompt], prompt_mask[prompt]
+            if stem is None:
+                with steps.rows(policy, asked):
+                    prefix = read_prompt(policy.model, ids, mask)
+            else:
+                prefix = stem.read_prompt(ids, mask, partial(_open, steps, policy, asked))
             self._prefixes.append(steps.begin(policy, prefix, _own(rows, part)))
         self._scope = ExitStack()
 
@@ -96,6 +102,12 @@ class Voices:
             with self._steps.rows(self._policy, asked) if alone else nullcontext():
                 tokens = token.repeat_interleave(len(part)).unsqueeze(-1)
                 self._steps.extend(self._policy.model, prefix, tokens)
+
+
+def _open(
+    steps: Steps, policy: Policy, asked: Tensor, index: Tensor
+) -> AbstractContextManager[None]:
+    return steps.rows(policy, asked[index])
 
 
 def _side_by_side(rows: Tensor, count: int, part: Tensor) -> Tensor:

@@ -70,7 +70,9 @@ def test_prompts_are_shared_where_it_pays(
     for name in ("score_shared", "score_full"):
         score = getattr(policy_module, name)
         monkeypatch.setattr(
-            policy_module, name, lambda *a, n=name, f=score: chosen.append(n) or f(*a)
+            policy_module,
+            name,
+            lambda *a, n=name, f=score, **k: chosen.append(n) or f(*a, **k),
         )
     policy = build_policy(tiny_folder(KINDS[0]))
     rollout = TransformersEngine().generate(policy, prompt_batch(PROMPTS), 3, Sampling(4))

@@ -1,0 +1,194 @@
+"""Blocks below the lowest conditioned one are computed once; every pass in whole says the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clp_lightning import (
+    LoRA,
+    Mixture,
+    Policy,
+    Preference,
+    PromptText,
+    Rollout,
+    Sampling,
+    SoftPrompt,
+    TransformersEngine,
+)
+from clp_lightning.conditioning import Conditioner
+from clp_lightning.policy.blocks import blocks
+from tests.helpers import PROMPTS, assert_alike, build_policy, prompt_batch
+
+LAST = [r"\.1\..*(q_proj|v_proj|down_proj)"]
+CONDITIONERS: dict[str, tuple[Callable[[], Conditioner], int]] = {
+    "lora": (lambda: LoRA(rank=2, shared_rank=2, shared_targets=LAST, targets=LAST), 1),
+    "last block": (lambda: LoRA(rank=2, shared_rank=0, last_blocks=1), 1),
+    "output too": (lambda: LoRA(rank=2, targets=[*LAST, "lm_head"], shared_rank=0), 1),
+    "merged": (lambda: Mixture(LAST, rest="freeze"), 1),
+    "rows": (lambda: Mixture(LAST, rest="freeze", mixing="row"), 1),
+    "logits": (lambda: Mixture("logits", rest="freeze"), 2),
+}
+WITHOUT: dict[str, Callable[[], Conditioner]] = {
+    "all blocks": lambda: LoRA(rank=2),
+    "the rest is trained": lambda: Mixture("logits"),
+    "the final norm": lambda: Mixture([r"^model\.norm"], rest="freeze"),
+    "another prompt": lambda: PromptText(rest=LoRA(shared_rank=2)),
+    "soft": lambda: SoftPrompt(rest=LoRA(shared_rank=2)),
+}
+
+
+def policy_of(folder: Path, make: Callable[[], Conditioner]) -> Policy:
+    policy = build_policy(folder, make(), perturb=0.1)
+    policy.stop_ids = list(range(6, 16))  # so that lengths differ
+    policy.share_prompts = True  # as with every model that is not tiny
+    return policy
+
+
+def asked(policy: Policy) -> Preference:
+    """Another in every row, where one forward can answer for several."""
+    weights = torch.tensor([[1.0, 0.0], [0.3, 0.7], [0.0, 1.0]])
+    if policy.conditioner.one_preference_per_batch:
+        weights = weights[1:2].expand(3, -1)
+    return Preference(weights, torch.full((3,), 0.2))
+
+
+def sampled(policy: Policy) -> Rollout:
+    batch = prompt_batch(PROMPTS, asked(policy))
+    return TransformersEngine().generate(policy, batch, 3, Sampling(9))
+
+
+def read(policy: Policy, rollout: Rollout) -> list[Tensor]:
+    """What the policy and the reference say where responses stand, and all gradients."""
+    mask = rollout.response_mask
+    policy.zero_grad()
+    with policy.conditioned(rollout.preference):
+        logp = policy.logprobs(rollout)
+    weight = torch.linspace(-1, 1, mask.numel(), dtype=logp.dtype).view(mask.shape)
+    (logp * weight)[mask].sum().backward()
+    with policy.reference():
+        ref = policy.logprobs(rollout)
+    grads = [p.grad for p in policy.trained_parameters().values() if p.grad is not None]
+    assert grads
+    return [logp[mask].detach(), ref[mask], *grads]
+
+
+def calls(policy: Policy) -> list[int]:
+    """Rows of every forward of the first block's attention, from now on."""
+    seen: list[int] = []
+    first: Any = next(blocks(policy.model))
+    inside = next(m for name, m in first.named_modules() if name.endswith(("attn", "attention")))
+    inside.register_forward_hook(
+        lambda _, args, kwargs, out: seen.append(len(out[0])), with_kwargs=True
+    )
+    return seen
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("llama", name) for name in CONDITIONERS), ("gpt2", "last block")]
+)
+def test_passes_that_begin_behind_the_stem_are_the_whole_ones(
+    tiny_folder: Callable[..., Path], kind: str, name: str
+) -> None:
+    make, depth = CONDITIONERS[name]
+    policy = policy_of(tiny_folder(kind), make)
+    assert policy.stem is not None and len(policy.stem) == depth
+    rollout = sampled(policy)
+    assert rollout.stem is not None and len(set(rollout.lengths.tolist())) > 1
+    seen = calls(policy)
+    found = read(policy, rollout)
+    assert not seen  # the stem was not run
+    policy.share_stem = False
+    assert_same(found, read(policy, rollout))
+    assert seen
+
+
+def test_of_rollouts_in_parts_and_joined(tiny_folder: Callable[..., Path]) -> None:
+    policy = policy_of(tiny_folder("llama"), CONDITIONERS["lora"][0])
+    rollout = sampled(policy)
+    parts = [rollout.select(torch.tensor(rows)) for rows in ([5, 1], [8, 2, 0])]
+    joined = Rollout.cat(parts, pad_id=policy.pad_id, pad_prompts="left")
+    seen = calls(policy)
+    found = [read(policy, each) for each in [*parts, joined]]
+    assert not seen
+    policy.share_stem = False
+    for mine, each in zip(found, [*parts, joined], strict=True):
+        assert_same(mine, read(policy, each))
+
+
+def test_other_tokens_are_read_anew(tiny_folder: Callable[..., Path]) -> None:
+    """A rollout whose tokens somebody has replaced, and one of another policy."""
+    policy = policy_of(tiny_folder("llama"), CONDITIONERS["lora"][0])
+    other = policy_of(tiny_folder("llama", initializer_range=0.2), CONDITIONERS["lora"][0])
+    rollout = sampled(policy)
+    response = replace(rollout, response_ids=rollout.response_ids.roll(1, 0))
+    prompt = replace(rollout, input_ids=rollout.input_ids.roll(3, 0))
+    shorter = replace(rollout, response_mask=rollout.response_mask[:, :2].clone())
+    shorter.response_ids = shorter.response_ids[:, :2]
+    for policy_, each in [
+        (policy, response),
+        (policy, prompt),
+        (policy, shorter),
+        (other, rollout),
+    ]:
+        found = read(policy_, each)
+        policy_.share_stem = False
+        assert_same(found, read(policy_, each))
+        policy_.share_stem = True
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_no_stem_where_a_preference_changes_it(tiny_folder: Callable[..., Path], name: str) -> None:
+    policy = policy_of(tiny_folder("llama"), WITHOUT[name])
+    assert policy.stem is None
+    assert sampled(policy).stem is None
+
+
+class Own(LoRA):
+    """A conditioner that does not say what it changes."""
+
+    def changed_layers(self) -> list[nn.Module] | None:  # type: ignore[override]
+        return None
+
+
+def test_no_stem_where_it_cannot_be_told(tiny_folder: Callable[..., Path]) -> None:
+    assert policy_of(tiny_folder("llama"), lambda: Own(2, last_blocks=1)).stem is None
+    assert policy_of(tiny_folder("gemma3"), lambda: LoRA(2, last_blocks=1)).stem is None
+    assert policy_of(tiny_folder("t5"), lambda: LoRA(2, last_blocks=1)).stem is None
+
+
+@pytest.mark.parametrize("name", ["lora", "output too", "rows", "logits"])
+def test_prompts_that_are_alike_are_read_once_up_to_the_stems_end(
+    tiny_folder: Callable[..., Path], name: str
+) -> None:
+    """A grid of preferences, as for a front."""
+    policy = policy_of(tiny_folder("llama"), CONDITIONERS[name][0])
+    weights = torch.linspace(0, 1, 8).repeat(2)
+    grid = Preference(torch.stack([weights, 1 - weights], 1), torch.full((16,), 0.1))
+    batch = prompt_batch([prompt for prompt in PROMPTS[:2] for _ in range(8)], grid)
+    seen = calls(policy)
+    found = TransformersEngine().generate(policy, batch, 2, Sampling(8))
+    assert seen[0] == 2 and len(seen) > 1
+    policy.share_stem = False
+    seen.clear()
+    assert_alike(found, TransformersEngine().generate(policy, batch, 2, Sampling(8)))
+    assert seen[0] == 16
+
+
+def test_what_is_sampled_with_less_precision_is_read_anew(
+    tiny_folder: Callable[..., Path],
+) -> None:
+    policy = policy_of(tiny_folder("llama"), CONDITIONERS["lora"][0])
+    batch = prompt_batch(PROMPTS, asked(policy))
+    assert TransformersEngine(precision="bf16").generate(policy, batch, 2, Sampling(4)).stem is None
