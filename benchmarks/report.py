@@ -124,6 +124,7 @@ JOBS: dict[str, tuple[list[str], list[Number]]] = {
         [GENERATE],
     ),
     "lengths": (["lengths.py", "--size", "10m", "--new-tokens", "64"], []),
+    "stem": (["stem.py", "--size", "smollm2-lora", "--rounds", "4"], []),
     "quickstart": (
         ["quickstart.py"],
         [Number("quickstart against before this work", r"ratio now/before: ([\d.]+)", 0.6)],

@@ -23,6 +23,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     import report
     import scaling
     import speed
+    import stem
     import step
     import where
 
@@ -34,6 +35,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
         report,
         scaling,
         speed,
+        stem,
         step,
         where,
     ]
@@ -148,6 +150,15 @@ def test_lengths_tells_of_every_law(
     *_, uniform, geometric, equal = capsys.readouterr().out.splitlines()
     assert uniform.startswith("uniform ") and geometric.startswith("geometric ")
     assert "4.0 of 4 tokens" in equal and "; ratio " in equal
+
+
+def test_stem_compares_two_steps_of_ours(
+    scripts: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scripts["stem"].main(QUICK) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out[-3:-1]] == ["once", "anew"]
+    assert out[-1].startswith("ratio anew/once: ")
 
 
 def test_generation_samples_as_many_tokens_on_both_sides(
