@@ -24,7 +24,7 @@ class CorruptedSummaries(Corpus):
     """Documents with their summary and a corrupted one, as preference pairs or as labelled texts.
 
     The corruptions are ``swapped_word`` (a content word gives way to one of another summary, as
-    frequent and as long), ``other_summary`` (of another document), ``shuffled_words`` and ``empty``
+    frequent and as long), ``swapped_words`` (one to three of them), ``other_summary`` (of another document), ``shuffled_words`` and ``empty``
     (no text). What a row becomes depends on its number and on all summaries, and on nothing else. A
     summary that a corruption cannot change has no row for it. Documents are held out with all their
     rows.
@@ -36,7 +36,7 @@ class CorruptedSummaries(Corpus):
     Args:
         source: Where documents and summaries come from: as for PromptDataModule.
         corruptions: What is made of every summary; a name that stands there twice is drawn twice.
-            All four if None.
+            All if None.
         labelled: Labelled texts instead of pairs.
         document: Column with the document.
         summary: Column with its summary.

@@ -20,6 +20,7 @@ __all__ = [
     "other_summary",
     "shuffled_words",
     "swapped_word",
+    "swapped_words",
 ]
 
 # Words that carry a summary's form and not its content.
@@ -112,6 +113,16 @@ def swapped_word(summary: str, summaries: Summaries, draw: torch.Generator) -> s
     return None
 
 
+def swapped_words(summary: str, summaries: Summaries, draw: torch.Generator) -> str | None:
+    """One to three content words give way, which is easier to see; a head learns one from it."""
+    text = summary
+    for _ in range(1 + _below(3, draw)):
+        changed = swapped_word(text, summaries, draw)
+        if changed != summary:  # a word can also be swapped back
+            text = changed or text
+    return None if text == summary else text
+
+
 def other_summary(summary: str, summaries: Summaries, draw: torch.Generator) -> str | None:
     """The summary of another document."""
     texts = summaries.texts
@@ -139,6 +150,7 @@ def empty(summary: str, summaries: Summaries, draw: torch.Generator) -> str:
 
 CORRUPTIONS: dict[str, Corruption] = {
     "swapped_word": swapped_word,
+    "swapped_words": swapped_words,
     "other_summary": other_summary,
     "shuffled_words": shuffled_words,
     "empty": empty,

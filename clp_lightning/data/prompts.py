@@ -43,6 +43,11 @@ class PromptDataset(TorchDataset):
         ids = self.prompt_ids[list(key.rows)].tolist()
         return collate([self.rows[i] for i in ids], ids, self.fmt, key)
 
+    def lengths(self) -> list[int]:
+        """Letters of every row's columns together."""
+        rows = self.rows.select(self.prompt_ids.tolist())
+        return [sum(len(str(value)) for value in row.values()) for row in rows]
+
 
 class PromptDataModule(LightningDataModule):
     """Prompts for training and evaluation.
@@ -72,6 +77,8 @@ class PromptDataModule(LightningDataModule):
             is applied.
         batch_size: Prompts per training step and process.
         eval_batch_size: Prompts per evaluation step and process; by default ``batch_size``.
+        group_by_length: Make batches of rows of like length (letters of all their texts), which
+            leaves less padding to compute; batches come in no order.
         num_workers: Processes that prepare batches.
         seed: Order of the training prompts; by default the seed of ``seed_everything``.
         limit: Use only the first rows of the source, for a quick try.
@@ -96,6 +103,7 @@ class PromptDataModule(LightningDataModule):
         conversational: bool = False,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
+        group_by_length: bool = False,
         num_workers: int = 0,
         seed: int | None = None,
         limit: int | None = None,
@@ -132,7 +140,7 @@ class PromptDataModule(LightningDataModule):
         self.system, self.conversational = system, conversational
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         keyed.resolve_seed(seed)  # an early error; "by default" is decided when training starts
-        self.num_workers, self.seed = num_workers, seed
+        self.group_by_length, self.num_workers, self.seed = group_by_length, num_workers, seed
         self._fits = False
         self._train: PromptDataset | None = None
         self._eval: PromptDataset | None = None
@@ -258,6 +266,7 @@ class PromptDataModule(LightningDataModule):
             parts=getattr(trainer and trainer.lightning_module, "rollout_batches", 1),
             epoch=0 if trainer is None else trainer.current_epoch,
             drop_last=True,
+            lengths=self._ready().lengths() if self.group_by_length else None,
             **self._place(),
         )
         if trainer is not None:

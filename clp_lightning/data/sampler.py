@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 from .. import keyed
 from ..types import PromptBatch
 
-__all__ = ["BatchKey", "PromptLoader", "PromptSampler", "deal", "row_order"]
+__all__ = ["BatchKey", "PromptLoader", "PromptSampler", "by_length", "deal", "row_order"]
+
+_BATCHES_SORTED = 8
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,35 @@ def row_order(num_rows: int, *, seed: int, epoch: int) -> list[int]:
     return cast(
         "list[int]", torch.randperm(num_rows, generator=keyed.generator(seed, epoch)).tolist()
     )
+
+
+def by_length(
+    order: Sequence[int], lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int
+) -> list[int]:
+    """Rows of like length side by side, in batches that have no order.
+
+    Of every eight batches the rows are sorted, and the batches shuffled.
+
+    Args:
+        order: Rows in the order of a pass.
+        lengths: Of every row of the data set.
+        batch_size: Rows in a batch.
+        seed: As in ``row_order``.
+        epoch: As in ``row_order``.
+
+    Example:
+        >>> by_length([0, 1, 2, 3], lengths=[9, 1, 8, 2], batch_size=2, seed=0, epoch=0)
+        [2, 0, 1, 3]
+    """
+    found: list[int] = []
+    whole = len(order) // batch_size * batch_size  # what fills no batch is left as it is
+    for start in range(0, whole, _BATCHES_SORTED * batch_size):
+        rows = order[start : min(start + _BATCHES_SORTED * batch_size, whole)]
+        rows = sorted(rows, key=lengths.__getitem__)
+        draw = keyed.generator(seed, epoch, start)
+        for number in torch.randperm(len(rows) // batch_size, generator=draw).tolist():
+            found += rows[number * batch_size : (number + 1) * batch_size]
+    return [*found, *order[whole:]]
 
 
 def deal(
@@ -93,6 +124,7 @@ class PromptSampler(DistributedSampler):
         rank: This process.
         world_size: Number of processes.
         epoch: Passes already made.
+        lengths: Of every row: batches are of rows of like length, see :func:`by_length`.
 
     Raises:
         ValueError: where not even one batch can be filled for every process.
@@ -109,6 +141,7 @@ class PromptSampler(DistributedSampler):
         rank: int = 0,
         world_size: int = 1,
         epoch: int = 0,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         super().__init__(cast(Any, range(num_rows)), num_replicas=world_size, rank=rank)
         if parts > 1 and not drop_last:
@@ -117,7 +150,7 @@ class PromptSampler(DistributedSampler):
             raise ValueError(f"batch_size ({batch_size}) and parts ({parts}) must be at least 1.")
         self.num_rows, self.batch_size, self.order_seed = num_rows, batch_size, seed
         self.parts, self.drop_last, self.world_size = parts, drop_last, world_size
-        self.epoch = epoch
+        self.epoch, self.lengths = epoch, lengths
         self.position = 0
         needed = batch_size * parts * world_size if drop_last else 1
         if num_rows < needed:
@@ -135,6 +168,9 @@ class PromptSampler(DistributedSampler):
             order: Sequence[int] = range(self.num_rows)
         else:
             order = row_order(self.num_rows, seed=self.order_seed, epoch=epoch)
+            if self.lengths is not None:
+                size = self.batch_size * self.parts
+                order = by_length(order, self.lengths, size, seed=self.order_seed, epoch=epoch)
         return [
             BatchKey(rows, epoch, part, self.parts, self.batch_size)
             for rows in self._deal(order)

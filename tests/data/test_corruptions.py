@@ -16,6 +16,7 @@ from clp_lightning.data.corruptions import (
     other_summary,
     shuffled_words,
     swapped_word,
+    swapped_words,
 )
 from clp_lightning.keyed import generator
 
@@ -58,6 +59,19 @@ def test_a_swapped_word_is_one_other_word(seed: int) -> None:
     assert content_words(was) and became.lower() in POOL.frequency
     assert became.lower() not in summary.lower()
     assert became.isupper() == was.isupper() and became[0].isupper() == was[0].isupper()
+
+
+def test_one_to_three_swapped_words() -> None:
+    summary = TEXTS[1]
+    changed = Counter()
+    for seed in range(200):
+        text = swapped_words(summary, POOL, generator(seed))
+        assert text is not None and text != summary
+        pairs = zip(summary.split(), text.split(), strict=True)
+        changed[sum(old != new for old, new in pairs)] += 1
+    # A word that is swapped twice counts once.
+    assert set(changed) == {1, 2, 3} and min(changed.values()) > 15
+    assert swapped_words("as of x_1", POOL, generator(0)) is None
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -118,7 +132,7 @@ def test_a_summary_that_cannot_be_changed_has_no_row_for_it() -> None:
     rows = Dataset.from_list([*ROWS, {"article": "Last.", "title": "as of x_1"}])
     made = CorruptedSummaries(rows, document="article", summary="title").load().to_list()
     assert [r["corruption"] for r in made[-3:]] == ["other_summary", "shuffled_words", "empty"]
-    assert len(made) == 4 * 5 + 3 and made[-1]["rejected"] == ""
+    assert len(made) == 5 * 5 + 3 and made[-1]["rejected"] == ""
 
 
 @pytest.mark.parametrize("labelled", [False, True])
@@ -132,7 +146,7 @@ def test_documents_are_held_out_whole_and_as_elsewhere(labelled: bool) -> None:
     assert held_out == documents(plain)
     everything = [d for batch in made.every_batch() for d in batch.columns["document"]]
     assert set(everything) - held_out == set(corpus.load()["document"]) - held_out
-    rows = 8 if labelled else 4
+    rows = 10 if labelled else 5
     assert max(Counter(everything).values()) == rows
     assert sum(len(batch) for batch in made.eval_batches()) in range(9 * rows - 4, 9 * rows + 1)
     batch = next(made.eval_batches())
@@ -147,7 +161,10 @@ def documents(data: PromptDataModule) -> set[str]:
     ("make", "message"),
     [
         (lambda: CorruptedSummaries(corruptions=[]), "corruptions is empty"),
-        (lambda: CorruptedSummaries(corruptions=["typos"]), "must be 'swapped_word', 'other_"),
+        (
+            lambda: CorruptedSummaries(corruptions=["typos"]),
+            "must be 'swapped_word', 'swapped_words', 'other_",
+        ),
         (lambda: CorruptedSummaries(Dataset.from_list(ROWS)).load(), r"no column \['document', "),
         (
             lambda: CorruptedSummaries(
@@ -159,7 +176,7 @@ def documents(data: PromptDataModule) -> set[str]:
             lambda: CorruptedSummaries(
                 Dataset.from_list([{"document": "So.", "summary": "One alone."}])
             ).load(),
-            r"\['other_summary', 'swapped_word'\] can change none of the 1 summaries",
+            r"\['other_summary', 'swapped_word', 'swapped_words'\] can change none of the 1 summaries",
         ),
     ],
 )

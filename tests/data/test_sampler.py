@@ -11,7 +11,7 @@ from datasets import Dataset
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from clp_lightning.data import BatchKey, PromptDataModule, PromptSampler
-from clp_lightning.data.sampler import deal, row_order
+from clp_lightning.data.sampler import by_length, deal, row_order
 
 Seen = list[tuple[int, int, list[int]]]
 
@@ -237,3 +237,46 @@ def state_at(position: int) -> dict[str, int]:
 def test_processes_that_cannot_share_what_was_taken_are_told() -> None:
     with pytest.warns(UserWarning, match="had taken 3 batches; 2 processes cannot share"):
         assert len(left(0, 2, state_at(6))) == 2 * 1
+
+
+def test_batches_of_like_length_hold_every_row_once() -> None:
+    lengths = torch.randint(1, 100, (133,), generator=torch.Generator().manual_seed(0)).tolist()
+    passes = []
+    for epoch in (0, 1):
+        order = row_order(133, seed=3, epoch=epoch)
+        found = by_length(order, lengths, 4, seed=3, epoch=epoch)
+        assert sorted(found) == list(range(133)) and found[132:] == order[132:]
+        padded = [
+            sum(max(lengths[row] for row in rows) * len(rows) for rows in batches)
+            for batches in (
+                deal(each, 4, rank=0, world_size=1, drop_last=True) for each in (order, found)
+            )
+        ]
+        assert padded[1] < sum(lengths) + 0.25 * (padded[0] - sum(lengths))
+        longest = [max(lengths[row] for row in found[i : i + 4]) for i in range(0, 132, 4)]
+        assert longest != sorted(longest)  # batches are in no order
+        passes.append(found)
+    assert passes[0] != passes[1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_group_by_length_reaches_the_sampler(world_size: int) -> None:
+    rows = Dataset.from_list([{"prompt": "x" * (7 * i % 40 + 1)} for i in range(40)])
+    data = PromptDataModule(rows, holdout=0, batch_size=4, seed=0, group_by_length=True)
+    data.setup("fit")
+    keys = PromptSampler(40, 4, seed=0, lengths=[7 * i % 40 + 1 for i in range(40)]).keys(0)
+    batches = list(data.train_dataloader())
+    assert [batch.prompt_ids.tolist() for batch in batches] == [list(key.rows) for key in keys]
+    parts = [
+        PromptSampler(
+            40,
+            4,
+            seed=0,
+            lengths=[7 * i % 40 + 1 for i in range(40)],
+            rank=rank,
+            world_size=world_size,
+        ).keys(0)
+        for rank in range(world_size)
+    ]
+    together = [key for several in zip(*parts, strict=True) for key in several]
+    assert together == keys  # alike on any number of processes
