@@ -24,10 +24,10 @@ class CorruptedSummaries(Corpus):
     """Documents with their summary and a corrupted one, as preference pairs or as labelled texts.
 
     The corruptions are ``swapped_word`` (a content word gives way to one of another summary, as
-    frequent and as long), ``swapped_words`` (one to three of them), ``other_summary`` (of another document), ``shuffled_words`` and ``empty``
-    (no text). What a row becomes depends on its number and on all summaries, and on nothing else. A
-    summary that a corruption cannot change has no row for it. Documents are held out with all their
-    rows.
+    frequent and as long), ``swapped_words`` (one to three of them), ``other_summary`` (of another
+    document), ``shuffled_words`` and ``empty`` (no text). What a row becomes depends on its number
+    and on all summaries, and on nothing else. A summary that a corruption cannot change has no row
+    for it. Documents are held out with all their rows.
 
     Pairs have the columns ``document``, ``chosen``, ``rejected`` and ``corruption``. Labelled texts
     have ``document``, ``completion``, ``label`` ("consistent" or "corrupted") and ``corruption``;

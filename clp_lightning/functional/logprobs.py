@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["log_distribution", "masked_sum", "token_logprobs"]
+
+# Logits: so many stay in a processor's cache; elsewhere starting an operation is what costs.
+_AT_ONCE, _AT_ONCE_ELSEWHERE = 2**19, 2**26
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
@@ -28,8 +34,39 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
         logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
-    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return chosen - logits.logsumexp(-1)
+    chosen: Tensor = _Chosen.apply(logits, tokens)
+    return chosen
+
+
+class _Chosen(torch.autograd.Function):
+    """``log_softmax`` and ``gather``, some rows at a time: logits are many, and memory is slow.
+
+    The gradient with respect to logit v is ``g (1[v = token] - softmax_v)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, tokens)
+        rows = _rows_at_once(logits)
+        pieces = zip(logits.split(rows), tokens.unsqueeze(-1).split(rows), strict=True)
+        return torch.cat([z.log_softmax(-1).gather(-1, ids) for z, ids in pieces]).squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, tokens = ctx.saved_tensors
+        found, grad = torch.empty_like(logits), grad.unsqueeze(-1)
+        whole = (found, logits, tokens.unsqueeze(-1), grad)
+        pieces = zip(*(each.split(_rows_at_once(logits)) for each in whole), strict=True)
+        for piece, z, ids, g in pieces:
+            torch.softmax(z, -1, out=piece)
+            piece.mul_(-g).scatter_add_(-1, ids, g)
+        return found, None
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    at_once = _AT_ONCE if logits.device.type == "cpu" else _AT_ONCE_ELSEWHERE
+    return max(1, at_once * len(logits) // max(logits.numel(), 1))
 
 
 def log_distribution(logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -176,7 +176,7 @@ def documents(data: PromptDataModule) -> set[str]:
             lambda: CorruptedSummaries(
                 Dataset.from_list([{"document": "So.", "summary": "One alone."}])
             ).load(),
-            r"\['other_summary', 'swapped_word', 'swapped_words'\] can change none of the 1 summaries",
+            r"\['other_summary', 'swapped_word', .* can change none of the 1 summaries",
         ),
     ],
 )
