@@ -4,20 +4,23 @@
 
 Rollout, reference pass, and policy pass with its backward, each under torch's profiler: the
 processor's time by kind of operation. `calls` counts operations, so `us/call` says whether the
-work itself or starting it is what costs.
+work itself or starting it is what costs. Products are given in GFLOP/s too, beside those of one
+large product, which no pass can exceed.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import speed
 import torch
-from speed import Size
+from speed import Machine, Size
 from torch.profiler import ProfilerActivity, profile
 
 from clp_lightning import (
@@ -75,38 +78,70 @@ def passes(size: Size, folder: Path, device: str) -> dict[str, Callable[[], None
     }
 
 
-def shares(run: Callable[[], None], rounds: int, device: str) -> dict[str, tuple[float, int]]:
-    """Milliseconds and calls of every kind of operation, of one round."""
+@dataclass
+class Share:
+    """What one kind of operation takes in one round."""
+
+    milliseconds: float = 0.0
+    calls: float = 0.0
+    gflop: float = 0.0
+
+    def line(self, kind: str, total: float) -> str:
+        """For the table; ``total`` is that of all kinds."""
+        each = f"{1e3 * self.milliseconds / self.calls:9.1f} us/call" if self.calls else ""
+        rate = f"{1e3 * self.gflop / self.milliseconds:6.0f} GFLOP/s" if self.gflop else ""
+        percent = 100 * self.milliseconds / total
+        took = f"{self.milliseconds:9.1f} ms{percent:5.0f} %{self.calls:8.0f} calls"
+        return f"  {kind:24}{took}{each}{rate}"
+
+
+def large_product(machine: Machine, rounds: int = 5) -> float:
+    """GFLOP/s of a product of 2048 x 2048 matrices, the best of some."""
+    size = 2048
+    factor = torch.randn(size, size, device=machine.device)
+    took = []
+    for _ in range(rounds):
+        start = machine.now()
+        factor @ factor
+        took.append(machine.now() - start)
+    return 2e-9 * size**3 / min(took)
+
+
+def shares(run: Callable[[], None], rounds: int, device: str) -> dict[str, Share]:
+    """What every kind of operation takes."""
     run()
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as record:
+    with profile(activities=activities, with_flops=True) as record:
         for _ in range(rounds):
             run()
-    found: dict[str, tuple[float, int]] = {}
+    found: defaultdict[str, Share] = defaultdict(Share)
     event: Any
     for event in record.key_averages():
         took = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-        before = found.get(kind_of(event.key), (0.0, 0))
-        counted = event.count if event.key.startswith("aten::") else 0
-        found[kind_of(event.key)] = (before[0] + took / 1e3 / rounds, before[1] + counted // rounds)
-    return found
+        share = found[kind_of(event.key)]
+        share.milliseconds += took / 1e3 / rounds
+        if event.key.startswith("aten::"):
+            share.calls += event.count / rounds
+        if event.key in ("aten::mm", "aten::addmm", "aten::bmm"):  # what others are made of
+            share.gflop += event.flops / 1e9 / rounds
+    return dict(found)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the shares."""
     args = speed.parser(__doc__).parse_args(arguments)
     size, machine = speed.chosen_size(args), speed.choose_machine(args)
+    print(f"a large product: {large_product(machine):.0f} GFLOP/s")
     with tempfile.TemporaryDirectory() as scratch:
         folder = speed.save_model(Path(scratch), size)
         for name, run in passes(size, folder, machine.device).items():
             found = shares(run, args.rounds, machine.device)
-            total = sum(took for took, _ in found.values())
+            total = sum(share.milliseconds for share in found.values())
             print(f"{name}: {total:.0f} ms of {machine.device} time")
-            for kind, (took, calls) in sorted(found.items(), key=lambda item: -item[1][0]):
-                each = f"{1e3 * took / calls:9.1f} us/call" if calls else ""
-                print(f"  {kind:24}{took:9.1f} ms{100 * took / total:5.0f} %{calls:8} calls{each}")
+            for kind, share in sorted(found.items(), key=lambda item: -item[1].milliseconds):
+                print(share.line(kind, total))
     return 0
 
 
