@@ -170,14 +170,14 @@ class StemStates(NamedTuple):
     """What the blocks of a policy that no preference changes made of one response.
 
     Attributes:
-        stem: Those blocks; to nobody else are the states of use.
+        key: Of those blocks; to nobody else are the states of use.
         prompt_ids: Tokens of the prompt, shape (l,).
         prompt: States of them, shape (l, d).
         response_ids: Tokens of the response, shape (t,).
         response: States of all but the last, which is never read, shape (t - 1, d).
     """
 
-    stem: Any
+    key: object
     prompt_ids: Tensor
     prompt: Tensor
     response_ids: Tensor
@@ -229,6 +229,10 @@ class Rollout:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files, to which ``stem`` is of no use."""
+        return {**vars(self), "stem": None}
 
     @property
     def lengths(self) -> Tensor:

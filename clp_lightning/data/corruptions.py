@@ -150,10 +150,10 @@ def empty(summary: str, summaries: Summaries, draw: torch.Generator) -> str:
 
 CORRUPTIONS: dict[str, Corruption] = {
     "swapped_word": swapped_word,
-    "swapped_words": swapped_words,
     "other_summary": other_summary,
     "shuffled_words": shuffled_words,
     "empty": empty,
+    "swapped_words": swapped_words,
 }
 """Every corruption by its name."""
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ["log_distribution", "masked_sum", "token_logprobs"]
 
@@ -34,8 +33,10 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
         logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
-    chosen: Tensor = _Chosen.apply(logits, tokens)
-    return chosen
+    if logits.ndim > 1 and logits.numel() > _AT_ONCE:
+        chosen: Tensor = _Chosen.apply(logits, tokens)
+        return chosen
+    return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 class _Chosen(torch.autograd.Function):
@@ -52,9 +53,11 @@ class _Chosen(torch.autograd.Function):
         return torch.cat([z.log_softmax(-1).gather(-1, ids) for z, ids in pieces]).squeeze(-1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, tokens = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient shall have one, too
+            every = -grad.unsqueeze(-1) * logits.softmax(-1)
+            return every.scatter_add(-1, tokens.unsqueeze(-1), grad.unsqueeze(-1)), None
         found, grad = torch.empty_like(logits), grad.unsqueeze(-1)
         whole = (found, logits, tokens.unsqueeze(-1), grad)
         pieces = zip(*(each.split(_rows_at_once(logits)) for each in whole), strict=True)

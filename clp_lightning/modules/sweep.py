@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +143,8 @@ class FrontSweep(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One record per response: what was asked, under which preference, and the answer."""
-        answers = [rollout for rollout, _ in self.sweep(batch, with_reference=False)]
+        swept = self.sweep(batch, with_reference=False)
+        answers = [replace(rollout, stem=None) for rollout, _ in swept]  # they are not scored
         scores = [ask_rewards(self, rollout).raw for rollout in answers]  # type: ignore[arg-type]
         raise_together(self)  # type: ignore[arg-type]
         return [
@@ -154,29 +155,29 @@ class FrontSweep(LightningModule):
 
     # -- the sweep ----------------------------------------------------------------------------
 
-    def sweep(self, batch: PromptBatch, *, with_reference: bool) -> list[tuple[Rollout, Tensor]]:
+    def sweep(
+        self, batch: PromptBatch, *, with_reference: bool
+    ) -> Iterator[tuple[Rollout, Tensor]]:
         """Responses to every prompt under every preference of the grid.
 
         All points draw with the same uniform numbers, so that differences between them are the
         policy's.
 
-        Returns:
-            Pairs of a rollout and the point of each of its rows (-1 = the reference), shape (B,).
+        Yields:
+            A rollout and the point of each of its rows (-1 = the reference), shape (B,).
         """
         grid = self.eval_preferences
         batch = replace(PromptBatch.check(batch), epoch=EVALUATION_EPOCH, part=0, parts=1)
         size = max(1, self.eval_rows // self.eval_samples)
-        done = []
         if with_reference:
             for start in self._starts(len(batch), size):
                 rows = range(start, min(start + size, len(batch)))
-                done.append(self._respond(batch.select(rows), grid, REFERENCE))
+                yield self._respond(batch.select(rows), grid, REFERENCE)
         prompts = [row for row in range(len(batch)) for _ in range(len(grid))]
         points = list(range(len(grid))) * len(batch)
         for start in self._starts(len(prompts), size):
             part = slice(start, start + size)
-            done.append(self._respond(batch.select(prompts[part]), grid, points[part]))
-        return done
+            yield self._respond(batch.select(prompts[part]), grid, points[part])
 
     def _starts(self, rows: int, size: int) -> list[int]:
         """Where parts of ``size`` rows begin; the last comes again while others have more.

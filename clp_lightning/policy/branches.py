@@ -62,6 +62,7 @@ class Branches(Cache):
             layer.keys, layer.values = layer.keys[..., :0, :], layer.values[..., :0, :]
         grow_in_place(prompts)
         super().__init__(layers=prompts.layers)
+        self.attended = 0
         self._number()
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -95,6 +96,7 @@ class Branches(Cache):
         Returns:
             Shape (B, H * g, 1, e).
         """
+        self.attended += 1
         keys, values = self._prompts[layer]
         length = keys.shape[-2]
         query = query.squeeze(2).unflatten(1, (keys.shape[1], -1)) * scale  # (B, H, g, d)
@@ -121,12 +123,21 @@ class Branches(Cache):
 
 @contextmanager
 def reading(model: PreTrainedModel, cache: Branches) -> Iterator[None]:
-    """Within it the model's attention is that of ``cache``."""
+    """Within it a forward of the model has its attention from ``cache``.
+
+    Raises:
+        ValueError: a layer did not, and so has not seen the prompts.
+    """
     config = model.config.get_text_config()
     before, token = config._attn_implementation, _READ.set(cache)
-    config._attn_implementation = _NAME
+    config._attn_implementation, cache.attended = _NAME, 0
     try:
         yield
+        if cache.attended != len(cache.layers):
+            raise ValueError(
+                f"{type(model).__name__} has an attention of its own, with which responses cannot "
+                "share a prompt's keys and values: set policy.share_prompts = False."
+            )
     finally:
         config._attn_implementation = before
         _READ.reset(token)

@@ -73,7 +73,7 @@ class Policy(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.share_prompts: bool | None = None
         self.share_stem = self.cut_by_length = True
-        self._stem: Stem | None = None
+        self._stem: tuple[Stem | None] | None = None  # asked once
         self._mesh: DeviceMesh | None = None
         self._can_be_cut: bool | None = None  # asked once
         self._answering_for: Preference | Literal["reference"] | None = None
@@ -107,7 +107,6 @@ class Policy(nn.Module):
         self.model = model
         self.conditioner.attach_once(model, names, seed)
         speed_up_linears(model)
-        self._stem = Stem.of(model, self.conditioner)
         self._num_weights = model.num_parameters()  # to count takes longer than some passes
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable(
@@ -132,7 +131,11 @@ class Policy(nn.Module):
     @property
     def stem(self) -> Stem | None:
         """The first blocks, which no preference changes; None where there are none, or unwanted."""
-        return self._stem if self.share_stem and not self.is_sharded else None
+        # Where the policy recomputes in whole, the reference shall compute as it does.
+        if not self.share_stem or self.is_sharded or self.gradient_checkpointing:
+            return None
+        self._stem = self._stem or (Stem.of(self.model, self.conditioner),)
+        return self._stem[0]
 
     @property
     def is_sharded(self) -> bool:
@@ -283,7 +286,7 @@ class Policy(nn.Module):
         wish = self.share_prompts
         share = worth_sharing(self._num_weights, ids, groups) if wish is None else wish
         share &= not recomputes
-        given = Given(self.stem, rollout)
+        given = Given(self.stem, rollout, ids, mask)
         score = partial(score_shared, given=given) if share else score_full
         parts = self._bundles(rollout, mask, share, cut and self.cut_by_length)
         readout = self._readout(rollout, of_logits)

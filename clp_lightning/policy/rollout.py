@@ -150,8 +150,8 @@ class TransformersEngine(Engine):
         finished = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         # Where it is computed as scoring would compute it, and scored.
         records = self.on_policy and not (self.compile or self.precision or policy.is_reference)
-        most = input_ids.shape[1] + sampling.max_new_tokens
-        record = Recording(policy.stem if records else None, len(rows), most)
+        tokens = input_ids.numel() + response_ids.numel()
+        record = Recording(policy.stem if records else None, len(rows), tokens)
         with policy.eval_mode(), record:
             for asked in _answerable_together(policy, preference):
                 mine = torch.isin(rows, asked)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import takewhile
 from typing import Any, Self
@@ -17,12 +17,12 @@ from ..conditioning.forwards import forwards_replaced
 from ..types import Rollout, StemStates
 from .blocks import blocks
 from .cache import is_plain
-from .prefix import Prefix, Rows, first_of_group, read_prompt
+from .prefix import Prefix, Rows, extend, first_of_group, read_prompt
 
 __all__ = ["Given", "Recording", "Stem"]
 
 # Numbers that a rollout may carry; more memory than this is worth more than the time.
-_MOST_NUMBERS = 2**28
+_MOST_NUMBERS = 2**27
 
 
 class Stem:
@@ -34,26 +34,60 @@ class Stem:
     Args:
         model: The model.
         number: How many of its blocks; at least 1.
+
+    Attributes:
+        key: Stands with all states that are this stem's.
     """
 
     def __init__(self, model: PreTrainedModel, number: int) -> None:
         stack = list(blocks(model))
         self._model, self._blocks, self._share = model, stack[:number], number / len(stack)
+        self.key = object()
 
     @classmethod
     def of(cls, model: PreTrainedModel, conditioner: Conditioner) -> Stem | None:
-        """The longest; None where there is none, or where it cannot be told."""
+        """The longest; None where there is none, where it cannot be told, or does not do."""
         changed, stack = conditioner.changed_layers(), list(blocks(model))
-        if changed is None or model.config.is_encoder_decoder:
+        if changed is None or conditioner.rewrites or not _tells_all(conditioner):
             return None
-        cache = DynamicCache(config=model.config)
-        if not is_plain(cache) or len(cache.layers) != len(stack):
-            return None
-        touched, output = set(changed), model.get_output_embeddings()
+        trained = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(False))]
+        touched, output = {*changed, *trained}, model.get_output_embeddings()
         inside = {module for block in stack for module in block.modules()}
         first = list(takewhile(lambda block: touched.isdisjoint(block.modules()), stack))
         # What lies outside the blocks may come before them, save the output layer.
-        return cls(model, len(first)) if first and touched <= inside | {output} else None
+        after = set() if output is None else set(output.modules())
+        if not first or model.config.is_encoder_decoder or not touched <= inside | after:
+            return None
+        stem = cls(model, len(first))
+        try:
+            with conditioner.session(), conditioner.reference():
+                return stem if stem._does() else None
+        except Exception:  # whatever a model of another make says to it
+            return None
+
+    @torch.no_grad()
+    def _does(self) -> bool:
+        """Whether the model says the same of a few tokens where the stem is not run."""
+        model, seen = self._model, list[Any]()
+        ids = torch.arange(10, device=model.device).view(2, 5)
+        prompt, more = ids[:, :3], ids[:, 3:]
+        mask = prompt > 0  # one begins a place later
+        cache = DynamicCache(config=model.config)
+        if not is_plain(cache) or len(cache.layers) * self._share != len(self):
+            return False
+        with self._seen(seen.append):
+            prefix = read_prompt(model, prompt, mask)
+            layers = prefix.copy().cache.layers
+            expected = prefix.logits, extend(model, prefix, more)
+        states, later = seen
+        with self.given(states):
+            again = read_prompt(model, prompt, mask)
+        found, whole = again.logits, again.copy()
+        whole.cache.layers[: len(self)] = layers[: len(self)]
+        with self.given(later):
+            skipped = extend(model, again, more)
+        said = (found, expected[0]), (skipped, expected[1]), (extend(model, whole, more), skipped)
+        return all(torch.equal(one, other) for one, other in said)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -61,6 +95,14 @@ class Stem:
     def hook(self, seen: Callable[[Any], None]) -> Any:
         """Calls ``seen`` with what the last block of the stem returns; a handle to remove it."""
         return self._blocks[-1].register_forward_hook(lambda *call: seen(call[-1]))
+
+    @contextmanager
+    def _seen(self, seen: Callable[[Any], None]) -> Iterator[None]:
+        handle = self.hook(seen)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def given(self, states: Tensor) -> AbstractContextManager[None]:
         """Within it a forward of the model takes ``states``, (rows, t, d), for the stem's."""
@@ -84,30 +126,39 @@ class Stem:
         read = torch.cat([input_ids, mask.long()], 1)
         which = read.unique(dim=0, return_inverse=True)[1]
         first = first_of_group(which)
-        seen: list[Any] = []
+        seen: list[Tensor] = []
         if 2 * len(first) <= self._share * len(mask):  # the first are read in whole, once more
-            handle = self.hook(seen.append)
-            try:
-                with rows(first):
-                    begun = read_prompt(model, input_ids[first], mask[first])
-            finally:
-                handle.remove()
-        known = bool(seen) and isinstance(seen[-1], Tensor)
-        with rows(every), self.given(seen[-1][which]) if known else nullcontext():
+            with rows(first), self._seen(seen.append):
+                begun = read_prompt(model, input_ids[first], mask[first])
+        with rows(every), self.given(seen[0][which]) if seen else nullcontext():
             prefix = read_prompt(model, input_ids, mask)
-        if known:
+        if seen:
             begun.cache.batch_select_indices(which)
             prefix.cache.layers[: len(self)] = begun.cache.layers[: len(self)]
         return prefix
 
 
-def _skip(number: int, states: Tensor | None, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _skip(number: int, states: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
     """In place of a block's forward; the cache gets tokens, from whose number masks are made."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     for cache in [*args, *kwargs.values()]:
         if isinstance(cache, Cache):
             stub = hidden.new_zeros(1).expand(len(hidden), 1, hidden.shape[1], 1)
             cache.update(stub, stub, number)
     return hidden if states is None else states
+
+
+def _tells_all(conditioner: Conditioner) -> bool:
+    """Whether no subclass changes more of the model than the class that tells of its changes."""
+
+    def owner(name: str) -> type:
+        return next(kind for kind in type(conditioner).__mro__ if name in vars(kind))
+
+    tells = owner("changed_layers")
+    return all(
+        owner(name) is tells or not issubclass(owner(name), tells)
+        for name in ("attach", "open", "copies", "shared")
+    )
 
 
 class Recording:
@@ -118,12 +169,12 @@ class Recording:
     Args:
         stem: The policy's, or None.
         rows: Responses of the rollout.
-        tokens: The most tokens of a prompt and its response together.
+        tokens: The most tokens of all prompts and responses together.
     """
 
     def __init__(self, stem: Stem | None, rows: int, tokens: int) -> None:
-        self._stem, self._rows, self._tokens = stem, rows, tokens
-        self._seen: list[Any] = []
+        self._stem, self._rows, self._numbers = stem, rows, tokens
+        self._seen: list[Tensor] = []
         self._prompts: list[tuple[Tensor, Tensor]] = []
         self._told: dict[int, StemStates] = {}
         self._handle: Any = None
@@ -146,10 +197,11 @@ class Recording:
         """Prompts, shape (P, L), have been read; response b is to ``rows[b]``."""
         if self._stem is None:
             return
-        read = self._seen[-1]  # the last forward is that of all prompts
+        read = self._seen.pop() if self._seen else None  # the last forward is that of all prompts
         self._seen.clear()
-        numbers = self._rows * self._tokens
-        if not isinstance(read, Tensor) or numbers * read.shape[-1] > _MOST_NUMBERS:
+        # Several voices have more prompts; blocks can be replaced.
+        fits = read is not None and read.shape[:2] == ids.shape
+        if read is None or not fits or self._numbers * read.shape[-1] > _MOST_NUMBERS:
             self.__exit__()
             self._stem = None
             return
@@ -168,9 +220,8 @@ class Recording:
             return
         sizes = zip(number.tolist(), lengths.tolist(), strict=True)
         for row, (place, length) in enumerate(sizes):
-            # A copy: else a few short responses would keep the memory of all.
-            response = tokens[row, :length], self._responses[row, : length - 1].clone()
-            self._told[place] = StemStates(self._stem, *self._prompts[row], *response)
+            response = tokens[row, :length], self._responses[row, : length - 1]
+            self._told[place] = StemStates(self._stem.key, *self._prompts[row], *response)
 
 
 class Given:
@@ -179,21 +230,18 @@ class Given:
     Args:
         stem: The policy's, or None.
         rollout: What is scored.
+        ids: The prompts that are read for it, shape (B, L).
+        mask: True where a token of them stands, shape (B, L).
     """
 
-    def __init__(self, stem: Stem | None, rollout: Rollout) -> None:
+    def __init__(self, stem: Stem | None, rollout: Rollout, ids: Tensor, mask: Tensor) -> None:
         self._states = rollout.stem or []
-        self._stem = stem if self._states and self._tells_of(stem, rollout) else None
-
-    def _tells_of(self, stem: Stem | None, rollout: Rollout) -> bool:
-        """Whether ``stem`` read these very tokens; a rollout may have been given others."""
-        if any(told.stem is not stem for told in self._states):
-            return False
-        prompts = torch.cat([told.prompt_ids for told in self._states])
-        responses = torch.cat([told.response_ids for told in self._states])
-        return torch.equal(prompts, rollout.input_ids[rollout.prompt_mask]) and torch.equal(
-            responses, rollout.response_ids[rollout.response_mask]
-        )
+        known = stem is not None and all(told.key is stem.key for told in self._states)
+        # A rollout may have been given other tokens, and the reference may read others.
+        known &= _alike([told.prompt_ids for told in self._states], ids, mask)
+        responses = [told.response_ids for told in self._states]
+        known &= _alike(responses, rollout.response_ids, rollout.response_mask)
+        self._stem = stem if known else None
 
     def prompts(self, rows: Tensor, length: int) -> AbstractContextManager[None]:
         """Opened around a forward of the prompts of ``rows``, padded on the left to ``length``."""
@@ -216,3 +264,12 @@ class Given:
             start = length - len(state) if left else 0
             wide[start : start + len(state)] = state
         return self._stem.given(states)
+
+
+def _alike(told: list[Tensor], ids: Tensor, mask: Tensor) -> bool:
+    """Whether these are the tokens of every row; there are some."""
+    return (
+        bool(told)
+        and [len(each) for each in told] == mask.sum(-1).tolist()
+        and torch.equal(torch.cat(told), ids[mask])
+    )

@@ -163,7 +163,7 @@ def documents(data: PromptDataModule) -> set[str]:
         (lambda: CorruptedSummaries(corruptions=[]), "corruptions is empty"),
         (
             lambda: CorruptedSummaries(corruptions=["typos"]),
-            "must be 'swapped_word', 'swapped_words', 'other_",
+            "must be 'swapped_word', 'other_",
         ),
         (lambda: CorruptedSummaries(Dataset.from_list(ROWS)).load(), r"no column \['document', "),
         (

@@ -38,10 +38,20 @@ def test_values_and_gradients_are_those_of_log_softmax(
         torch.testing.assert_close(mine, theirs)
 
 
-def test_gradient_by_differences() -> None:
+@pytest.mark.parametrize("at_once", [1, 2**19])
+def test_gradients_by_differences(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "_AT_ONCE", at_once)
     logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     tokens = torch.randint(5, (2, 3))
     assert torch.autograd.gradcheck(lambda z: token_logprobs(z, tokens, 1.3), logits)
+    assert torch.autograd.gradgradcheck(lambda z: token_logprobs(z, tokens, 1.3), logits)
+
+
+def test_of_one_position_and_more_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "_AT_ONCE", 1)
+    for shape in [(5,), (2, 5), (2, 3, 4, 5)]:
+        logits, tokens = torch.randn(shape), torch.randint(5, shape[:-1])
+        torch.testing.assert_close(token_logprobs(logits, tokens), plain(logits, tokens))
 
 
 def test_of_no_row() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +105,26 @@ def test_models_that_cannot_share(
     """A window forgets; relative positions need a bias."""
     sampled(build_policy(tiny_folder(kind)), True)
     assert not begun
+
+
+def test_attention_that_does_not_see_the_prompts_is_refused(
+    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family whose layers take no attention from Transformers' interface (DiffLlama's do not)."""
+    policy = build_policy(tiny_folder("llama"))
+    layer: Any = policy.model.model.layers[1].self_attn
+    forward = layer.forward
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        name, layer.config._attn_implementation = layer.config._attn_implementation, "sdpa"
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            layer.config._attn_implementation = name
+
+    monkeypatch.setattr(layer, "forward", own)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has an.*share_prompts = False"):
+        sampled(policy, True)
 
 
 def test_attention_with_more_than_a_scale_is_refused(tiny_folder: Callable[..., Path]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from clp_lightning import (
 )
 from clp_lightning.conditioning import Conditioner
 from clp_lightning.policy.blocks import blocks
+from clp_lightning.types import Prompt
 from tests.helpers import PROMPTS, assert_alike, build_policy, prompt_batch
 
 LAST = [r"\.1\..*(q_proj|v_proj|down_proj)"]
@@ -148,6 +151,17 @@ def test_other_tokens_are_read_anew(tiny_folder: Callable[..., Path]) -> None:
         policy_.share_stem = True
 
 
+def test_the_same_tokens_in_other_rows_are_read_anew(tiny_folder: Callable[..., Path]) -> None:
+    policy = policy_of(tiny_folder("llama"), CONDITIONERS["lora"][0])
+    batch = prompt_batch(["a", "aaa"])
+    rollout = TransformersEngine().generate(policy, batch, 1, Sampling(5))
+    ids, mask = rollout.input_ids.flip(0), rollout.prompt_mask.flip(0)
+    rollout = replace(rollout, input_ids=ids, prompt_mask=mask)
+    found = read(policy, rollout)
+    policy.share_stem = False
+    assert_same(found, read(policy, rollout))
+
+
 @pytest.mark.parametrize("name", WITHOUT)
 def test_no_stem_where_a_preference_changes_it(tiny_folder: Callable[..., Path], name: str) -> None:
     policy = policy_of(tiny_folder("llama"), WITHOUT[name])
@@ -155,17 +169,123 @@ def test_no_stem_where_a_preference_changes_it(tiny_folder: Callable[..., Path],
     assert sampled(policy).stem is None
 
 
-class Own(LoRA):
-    """A conditioner that does not say what it changes."""
+class Silent(LoRA):
+    """Does not say what it changes."""
 
     def changed_layers(self) -> list[nn.Module] | None:  # type: ignore[override]
         return None
 
 
-def test_no_stem_where_it_cannot_be_told(tiny_folder: Callable[..., Path]) -> None:
-    assert policy_of(tiny_folder("llama"), lambda: Own(2, last_blocks=1)).stem is None
-    assert policy_of(tiny_folder("gemma3"), lambda: LoRA(2, last_blocks=1)).stem is None
-    assert policy_of(tiny_folder("t5"), lambda: LoRA(2, last_blocks=1)).stem is None
+class Steering(LoRA):
+    """Adds a vector below the adapters, of which it does not tell."""
+
+    def attach(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
+        self.vector = nn.Parameter(torch.zeros(32))
+        super().attach(model, names, seed)
+        next(blocks(model)).register_forward_hook(lambda *call: self._moved(call[-1]))
+
+    def _moved(self, states: Tensor) -> Tensor:
+        return states if self.scope.coefficients is None else states + self.vector
+
+
+class Rewriting(LoRA):
+    """The policy reads another prompt than the reference."""
+
+    rewrites = True
+
+    def rewrite(self, prompt: Prompt, preference: Preference) -> Prompt:
+        return str(prompt).upper()
+
+
+@pytest.mark.parametrize("kind", [Silent, Steering, Rewriting])
+def test_no_stem_where_a_conditioner_may_do_more(
+    tiny_folder: Callable[..., Path], kind: type[LoRA]
+) -> None:
+    policy = policy_of(tiny_folder("llama"), lambda: kind(2, last_blocks=1, shared_rank=0))
+    assert policy.stem is None
+    rollout = sampled(policy)
+    found = read(policy, rollout)
+    policy.share_stem = False
+    assert_same(found, read(policy, rollout))
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "t5"])  # a window; an encoder
+def test_no_stem_of_such_models(tiny_folder: Callable[..., Path], kind: str) -> None:
+    assert policy_of(tiny_folder(kind), lambda: LoRA(2, last_blocks=1)).stem is None
+
+
+def below(tiny_folder: Callable[..., Path]) -> Policy:
+    """Of three blocks, the last of them conditioned."""
+    folder = tiny_folder("llama", num_hidden_layers=3)
+    return policy_of(folder, lambda: LoRA(2, last_blocks=1, shared_rank=0))
+
+
+def test_no_stem_of_blocks_that_are_read_past_the_next(tiny_folder: Callable[..., Path]) -> None:
+    policy, kept = below(tiny_folder), list[Tensor]()
+    stem = policy.stem
+    assert stem is not None and len(stem) == 2
+    first, _, last = blocks(policy.model)
+    first.register_forward_hook(lambda *call: kept.append(call[-1]))
+    last.register_forward_pre_hook(lambda _, args: (args[0] + kept.pop(), *args[1:]))
+    policy._stem = None  # to be asked again
+    assert policy.stem is None
+
+
+def test_no_stem_of_trained_blocks_or_of_those_with_a_cache_of_their_own(
+    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = below(tiny_folder)
+    trained = list(blocks(policy.model))[1]
+    trained.requires_grad_(True)
+    stem = policy.stem
+    assert stem is not None and len(stem) == 1
+    monkeypatch.setattr("clp_lightning.policy.stem.DynamicCache", lambda config: config.absent)
+    assert below(tiny_folder).stem is None
+
+
+def test_what_is_recomputed_in_whole_is_so_for_both(tiny_folder: Callable[..., Path]) -> None:
+    """Else the two would differ in half precision where they are the same network."""
+    folder = tiny_folder("llama")
+    policy = build_policy(folder, LoRA(2, last_blocks=1), gradient_checkpointing=True)
+    assert policy.stem is None and sampled(policy).stem is None
+
+
+class Corners(TransformersEngine):
+    """Mixes the policy under the corners' preferences."""
+
+    def voices(self, policy: Policy, preference: Preference) -> tuple[Preference, Tensor | None]:
+        corners = torch.eye(2).repeat(len(preference), 1)
+        return Preference(corners, preference.alpha.repeat_interleave(2)), preference.weights
+
+
+def test_several_voices_have_no_states(tiny_folder: Callable[..., Path]) -> None:
+    policy = below(tiny_folder)
+    batch = prompt_batch(PROMPTS, asked(policy))
+    assert Corners().generate(policy, batch, 2, Sampling(4)).stem is None
+
+
+def test_copies_and_files_do_without(tiny_folder: Callable[..., Path]) -> None:
+    rollout = sampled(below(tiny_folder))
+    assert rollout.stem is not None
+    for copied in (pickle.loads(pickle.dumps(rollout)), deepcopy(rollout)):
+        assert copied.stem is None
+        assert_alike(copied, rollout)
+
+
+def test_nothing_is_left_behind_by_an_error(tiny_folder: Callable[..., Path]) -> None:
+    policy = below(tiny_folder)
+    assert policy.stem is not None
+
+    def fails(rows: Tensor, tokens: Tensor) -> None:
+        raise KeyError("while sampling")
+
+    engine = TransformersEngine()
+    engine.on_tokens = fails
+    with pytest.raises(KeyError):
+        engine.generate(policy, prompt_batch(PROMPTS), 2, Sampling(4))
+    assert not any(
+        block._forward_hooks or "forward" in vars(block) for block in blocks(policy.model)
+    )
 
 
 @pytest.mark.parametrize("name", ["lora", "output too", "rows", "logits"])
