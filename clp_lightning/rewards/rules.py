@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from ..described import check_choice
 from ..types import Prompt
 from .base import Completion, Reward, completion_text
 
@@ -88,17 +89,24 @@ class Plain(Reward):
 
 
 class Rouge(Reward):
-    """ROUGE F-measure against a column of the data (Lin 2004), by the package ``rouge-score``.
+    """ROUGE against a column of the data (Lin 2004), by the package ``rouge-score``.
 
     Args:
         reference: Column with the reference text; None there gives no score.
         kind: rouge1, rouge2, rougeL or rougeLsum.
         use_stemmer: Compare word stems.
+        measure: ``fmeasure``, ``precision`` or ``recall``: the share of the reference that is in
+            the completion, however long.
     """
 
     def __init__(
-        self, reference: str = "summary", kind: str = "rougeL", use_stemmer: bool = False
+        self,
+        reference: str = "summary",
+        kind: str = "rougeL",
+        use_stemmer: bool = False,
+        measure: Literal["fmeasure", "precision", "recall"] = "fmeasure",
     ) -> None:
+        self.measure = check_choice("measure", measure, ["fmeasure", "precision", "recall"])
         try:
             from rouge_score.rouge_scorer import RougeScorer
         except ModuleNotFoundError as error:
@@ -123,7 +131,7 @@ class Rouge(Reward):
         ]
 
     def _score(self, reference: str, text: str) -> float:
-        return float(self.scorer.score(reference, text)[self.kind].fmeasure)
+        return float(getattr(self.scorer.score(reference, text)[self.kind], self.measure))
 
 
 class Pattern(Reward):

@@ -48,6 +48,11 @@ def test_rouge_l_by_hand() -> None:
 
 
 def test_rouge_1_ignores_order() -> None:
+    for measure, expected in (("precision", 2 / 3), ("recall", 2 / 4), ("fmeasure", 4 / 7)):
+        reward = Rouge(measure=measure)  # type: ignore[arg-type]
+        assert score(reward, "the cat ran", summary=["the cat sat down"]) == [
+            pytest.approx(expected)
+        ]
     assert score(Rouge(kind="rouge1"), "sat cat the", summary=["the cat sat"]) == [1.0]
 
 
