@@ -87,13 +87,14 @@ def separate_step(model: str, device: str) -> Callable[[], None]:
 
 
 def plain_step(model: str, device: str, reference: Any = None) -> Callable[[], None]:
-    """Reinforce with a leave-one-out baseline on a PEFT model, by Transformers' own means."""
+    """Reinforce with a leave-one-out baseline on a PEFT model, by Transformers' and TRL's means."""
     from contextlib import nullcontext
 
     import torch
     from peft import LoraConfig, get_peft_model
+    from trl.trainer.utils import selective_log_softmax
 
-    from clp_lightning.functional import leave_one_out, policy_gradient_loss, token_logprobs
+    from clp_lightning.functional import leave_one_out, policy_gradient_loss
     from clp_lightning.pretrained import load_model, load_tokenizer, stop_ids
 
     tokenizer = load_tokenizer(model)
@@ -111,7 +112,7 @@ def plain_step(model: str, device: str, reference: Any = None) -> Callable[[], N
         out = network(
             input_ids=sequences, attention_mask=mask, logits_to_keep=kept, use_cache=False
         )
-        return token_logprobs(out.logits[:, :-1], sequences[:, -NEW_TOKENS:])
+        return selective_log_softmax(out.logits[:, :-1], sequences[:, -NEW_TOKENS:])
 
     def step() -> None:
         prompt = tokenizer(PROMPTS, return_tensors="pt", padding=True).to(device)
