@@ -133,7 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints the shares."""
     args = speed.parser(__doc__).parse_args(arguments)
     size, machine = speed.chosen_size(args), speed.choose_machine(args)
-    print(f"a large product: {large_product(machine):.0f} GFLOP/s")
+    peak = large_product(machine)
+    print(f"a large product: {peak:.0f} GFLOP/s")
     with tempfile.TemporaryDirectory() as scratch:
         folder = speed.save_model(Path(scratch), size)
         for name, run in passes(size, folder, machine.device).items():
@@ -142,6 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: {total:.0f} ms of {machine.device} time")
             for kind, share in sorted(found.items(), key=lambda item: -item[1].milliseconds):
                 print(share.line(kind, total))
+            gflop = sum(share.gflop for share in found.values())
+            print(f"  its products at the speed of a large one: {1e3 * gflop / peak:.0f} ms")
     return 0
 
 

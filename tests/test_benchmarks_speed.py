@@ -177,6 +177,7 @@ def test_where_the_time_goes(scripts: dict[str, Any], capsys: pytest.CaptureFixt
     for part in ("rollout: ", "reference: ", "policy and backward: "):
         assert out.count(part) == 1
     assert out.count("  products ") == out.count("  attention ") == 3
+    assert out.count("at the speed of a large one: ") == 3
     assert out.count(" GFLOP/s") == 4  # the products of every pass, and a large one
 
 
