@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from ..attempts import attempt
 from ..conditioning import Conditioner
 from ..conditioning.forwards import forwards_replaced
 from ..types import Rollout, StemStates
@@ -59,11 +60,9 @@ class Stem:
         if not first or model.config.is_encoder_decoder or not touched <= inside | after:
             return None
         stem = cls(model, len(first))
-        try:
-            with conditioner.session(), conditioner.reference():
-                return stem if stem._does() else None
-        except Exception:  # whatever a model of another make says to it
-            return None
+        with conditioner.session(), conditioner.reference():
+            asked = attempt(stem._does)  # a model of another make may say anything to it
+        return stem if asked.exception() is None and asked.result() else None
 
     @torch.no_grad()
     def _does(self) -> bool:
