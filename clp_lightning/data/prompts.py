@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class PromptDataset(TorchDataset):
         ids = self.prompt_ids[list(key.rows)].tolist()
         return collate([self.rows[i] for i in ids], ids, self.fmt, key)
 
+    @cached_property
     def lengths(self) -> list[int]:
         """Letters of every row's columns together."""
         rows = self.rows.select(self.prompt_ids.tolist())
@@ -266,7 +268,7 @@ class PromptDataModule(LightningDataModule):
             parts=getattr(trainer and trainer.lightning_module, "rollout_batches", 1),
             epoch=0 if trainer is None else trainer.current_epoch,
             drop_last=True,
-            lengths=self._ready().lengths() if self.group_by_length else None,
+            lengths=self._ready().lengths if self.group_by_length else None,
             **self._place(),
         )
         if trainer is not None:

@@ -286,8 +286,9 @@ class Policy(nn.Module):
         wish = self.share_prompts
         share = worth_sharing(self._num_weights, ids, groups) if wish is None else wish
         share &= not recomputes
-        given = Given(self.stem, rollout, ids, mask)
-        score = partial(score_shared, given=given) if share else score_full
+        score = score_full
+        if share:
+            score = partial(score_shared, given=Given(self.stem, rollout, ids, mask))
         parts = self._bundles(rollout, mask, share, cut and self.cut_by_length)
         readout = self._readout(rollout, of_logits)
         with self.eval_mode(unless=recomputes):

@@ -139,12 +139,13 @@ def test_other_tokens_are_read_anew(tiny_folder: Callable[..., Path]) -> None:
     prompt = replace(rollout, input_ids=rollout.input_ids.roll(3, 0))
     shorter = replace(rollout, response_mask=rollout.response_mask[:, :2].clone())
     shorter.response_ids = shorter.response_ids[:, :2]
-    for policy_, each in [
-        (policy, response),
-        (policy, prompt),
-        (policy, shorter),
-        (other, rollout),
-    ]:
+    of_reference = replace(
+        rollout,
+        reference_input_ids=rollout.input_ids.roll(3, 0),
+        reference_prompt_mask=rollout.prompt_mask.roll(3, 0),
+    )
+    changed = [response, prompt, shorter, of_reference]
+    for policy_, each in [*((policy, each) for each in changed), (other, rollout)]:
         found = read(policy_, each)
         policy_.share_stem = False
         assert_same(found, read(policy_, each))
