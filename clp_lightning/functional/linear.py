@@ -22,9 +22,10 @@ _SWITCH = RLock()  # two threads that throw it at once could leave it thrown
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W' + b``, as ``torch.nn.functional.linear``; on the CPU by oneDNN where that is as exact.
 
-    Torch's own float32 product on the CPU can be half as fast as oneDNN's, which is as exact where
-    the processor has no AMX unit (there it would compute in bfloat16, and is left alone). The
-    switch is global and slows tiny attention products down, so it is thrown for this product only.
+    Torch's own float32 product is half as fast as oneDNN's on AMD's processors, where MKL does less
+    than it can; on Intel's it is the faster one. oneDNN's is as exact where there is no AMX unit
+    (with one it would compute in bfloat16). The switch is global and slows tiny attention products
+    down, so it is thrown for this product only.
 
     Args:
         x: Shape (..., in).
@@ -39,7 +40,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         tensor([[11.]])
     """
     if not _pays(x, weight, bias):
-        return F.linear(x, weight, bias)
+        # Rows, because a slice of a (B, T, d) tensor would copy the weight for every b.
+        whole = x.dim() <= 2 or x.is_contiguous()
+        return F.linear(x, weight, bias) if whole else _of_rows(x, weight, bias)
     if torch.is_grad_enabled():
         out: Tensor = _Product.apply(x, weight, bias)
         return out
@@ -75,7 +78,17 @@ def _fits(multiplications: int, *tensors: Tensor | None) -> bool:
 
 @cache
 def _helps() -> bool:
-    return torch.backends.mkldnn.is_available() and not torch.cpu._is_amx_tile_supported()
+    # By name: a measurement could choose otherwise when a run goes on, and so change its rounding.
+    native = torch.backends.mkl.is_available() and "intel" in _processor().lower()
+    return torch.backends.mkldnn.is_available() and not native and _is_exact()
+
+
+def _processor() -> str:
+    return str(torch.cpu.get_capabilities().get("cpu_name", ""))
+
+
+def _is_exact() -> bool:
+    return not torch.cpu._is_amx_tile_supported()
 
 
 @contextmanager
@@ -91,8 +104,11 @@ def _onednn() -> Iterator[None]:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with _onednn():
-        # Rows, because a slice of a (B, T, d) tensor would copy the weight for every b.
-        out = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        return _of_rows(x, weight, bias)
+
+
+def _of_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
     return out.view(*x.shape[:-1], -1)
 
 

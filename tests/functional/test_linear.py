@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -10,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clp_lightning.functional import linear
-from clp_lightning.functional.linear import _helps, _onednn, _pays, _Product
+from clp_lightning.functional.linear import _helps, _is_exact, _onednn, _pays, _Product
+
+OWN = sys.modules[_pays.__module__]
 
 
 def tensors(rows: tuple[int, ...], bias: bool) -> list[Tensor | None]:
@@ -24,12 +27,24 @@ def tensors(rows: tuple[int, ...], bias: bool) -> list[Tensor | None]:
     ]
 
 
+@pytest.fixture(params=sorted({False, _is_exact()}), ids=["torch's", "oneDNN's"][: 1 + _is_exact()])
+def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whose product is taken, whatever the processor; oneDNN's where it is as exact."""
+    monkeypatch.setattr(OWN, "_helps", lambda: request.param)
+    return bool(request.param)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(400,), (20, 20), (3,)])
-def test_values_and_gradients(rows: tuple[int, ...], bias: bool) -> None:
+@pytest.mark.parametrize("sliced", [True, False])
+def test_values_and_gradients(
+    rows: tuple[int, ...], bias: bool, sliced: bool, onednn: bool
+) -> None:
     x, weight, b = tensors(rows, bias)
     assert x is not None and weight is not None
-    assert _pays(x, weight, b) == (_helps() and len(rows) * rows[0] > 3)
+    if sliced:
+        x = torch.cat([x, x], dim=-2).detach()[..., : rows[-1], :].requires_grad_()
+    assert _pays(x, weight, b) == (onednn and len(rows) * rows[0] > 3)
     found, plain = linear(x, weight, b), F.linear(x, weight, b)
     wanted = [t for t in (x, weight, b) if t is not None]
     exact = [t.detach().double().requires_grad_() for t in wanted]
@@ -43,6 +58,26 @@ def test_values_and_gradients(rows: tuple[int, ...], bias: bool) -> None:
         assert our.shape == their.shape
         error = (their - true).abs().max()
         assert (our - true).abs().max() <= 2 * error + 1e-6  # in bfloat16: some 1e-1
+
+
+@pytest.mark.parametrize(
+    ("processor", "mkl", "amx", "helps"),
+    [
+        ("AMD EPYC 7B13", True, False, True),
+        ("Intel Xeon", True, False, False),
+        ("Intel Xeon", False, False, True),
+        ("Intel Xeon", False, True, False),
+        ("", False, False, True),
+    ],
+)
+def test_whose_product_is_taken(
+    processor: str, mkl: bool, amx: bool, helps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": processor})
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert _helps.__wrapped__() == helps
 
 
 def test_a_frozen_weight_keeps_no_input() -> None:
