@@ -69,6 +69,8 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
 
 DROPS = {"on_reward_error": "drop", "max_dropped": 1.0}
 FULL = {"conditioner": {"class_path": "Mixture"}}
+# The lower block is computed once, for sampling and scoring.
+UPPER = {"conditioner": {"class_path": "LoRA", "init_args": {"rank": 2, "last_blocks": 1}}}
 # AdamW, whose stale moments would move a copy that one process took for idle.
 AWAY = {"optimizer": {"class_path": "torch.optim.AdamW"}, "lr": 1e-2}
 
@@ -80,12 +82,21 @@ AWAY = {"optimizer": {"class_path": "torch.optim.AdamW"}, "lr": 1e-2}
         (DROPS | {"rewards": {"kind": "tests.runs.kind", "picky": "tests.runs.picky"}}, {}),
         # One process may lose all responses of a batch, the other none.
         (DROPS | {"rewards": {"kind": "tests.runs.kind", "tea": "tests.runs.fails_on_tea"}}, {}),
+        (UPPER, {}),
         ({}, {"weights": {"class_path": "Vertices"}, "per": "step"}),
         # One process trains one copy, the other another: idle is what no process used.
         (AWAY, {"weights": {"class_path": "Vertices"}, "per": "batch"}),
         (AWAY | FULL, {"weights": {"class_path": "Vertices"}, "per": "batch"}),
     ],
-    ids=["plain", "some dropped", "all of a batch dropped", "idle", "corners", "corners, full"],
+    ids=[
+        "plain",
+        "some dropped",
+        "all of a batch dropped",
+        "upper",
+        "idle",
+        "corners",
+        "corners, full",
+    ],
 )
 def test_the_same_tokens_and_gradients(
     model: dict[str, Any],
