@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class RewardModule(PolicyModule):
     """Trains a sequence classifier and writes a plain Hugging Face folder.
 
     The loss is the mean over the rows of the whole batch, over all ranks and accumulated batches;
-    every parameter is trained, without dropout. The folder, ``<trainer.log_dir>/reward``, is a
+    all weights are trained, without dropout. The folder, ``<trainer.log_dir>/reward``, is a
     reward: ``ClassifierHead(folder)``. Validation logs the share of right decisions, the expected
     calibration error of their probabilities (Guo et al. 2017, ten equal bins), and ``val/auc``: how
     often a good text of any row has a higher score than a bad one of any row (chosen and rejected,
@@ -44,6 +45,8 @@ class RewardModule(PolicyModule):
         max_length: Longer texts lose their beginning; how many is logged.
         cross_encoder: Prompt and answer are two texts to the model, and the prompt is cut, at its
             end; an answer only where it leaves no room. The reward is ``CrossEncoderHead(folder)``.
+        train_embeddings: Whether the words' embeddings, half the weights of a small model, are
+            trained too; a step without them is faster and needs less memory.
         auc_by: A column; ``val/auc/<value>`` is logged for the rows of each of its values.
         lr: Learning rate.
         weight_decay: Weight decay.
@@ -62,6 +65,7 @@ class RewardModule(PolicyModule):
         supervision: Supervision | None = None,
         max_length: int = 512,
         cross_encoder: bool = False,
+        train_embeddings: bool = True,
         auc_by: str | None = None,
         lr: float = 2e-5,
         weight_decay: float = 0.0,
@@ -72,7 +76,13 @@ class RewardModule(PolicyModule):
         seed: int | None = None,
     ) -> None:
         supervision = supervision or PreferencePairs()
-        policy = Classifier(pretrained, supervision.outputs, supervision.problem_type, max_length)
+        policy = Classifier(
+            pretrained,
+            supervision.outputs,
+            supervision.problem_type,
+            max_length,
+            train_embeddings,
+        )
         schedule = (warmup_steps, lr_decay, optimizer, lr_scheduler)
         super().__init__(policy, lr, None, weight_decay, *schedule)
         self.supervision = supervision
@@ -170,7 +180,9 @@ class RewardModule(PolicyModule):
         """
         self.supervision.check(PromptBatch.check(batch))
         read = self.supervision.pairs if self.cross_encoder else self.supervision.texts
-        inputs, cut = self.policy.tokens(read(batch))
+        texts, index = _each_once(read(batch))
+        inputs, cut = self.policy.tokens(texts)
+        cut = cut[index]
         self.tally.add("truncated", cut)
         if cut.any() and not self._told_of_cuts:
             self._told_of_cuts = True
@@ -180,7 +192,7 @@ class RewardModule(PolicyModule):
                 f"{self.policy.max_length}, or than the tokenizer allows, and lose "
                 f"{lost}; `truncated` logs the share."
             )
-        return self.policy.scores(inputs)
+        return self.policy.scores(inputs)[index]
 
     def on_fit_end(self) -> None:  # called also where a resumed run has nothing left to train
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "reward"
@@ -195,3 +207,11 @@ class RewardModule(PolicyModule):
     @rank_zero_only
     def _write(self, folder: str | Path) -> None:
         replace_folder(folder, self.policy.model, self.policy.tokenizer)
+
+
+def _each_once(texts: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """The different texts, and where among them every text is: one may be chosen in many rows."""
+    keys = [repr(text) for text in texts]
+    once = dict(zip(keys, texts, strict=True))
+    places = {key: place for place, key in enumerate(once)}
+    return list(once.values()), [places[key] for key in keys]

@@ -14,6 +14,7 @@ from ..conditioning import Unconditioned
 from ..pretrained import Pretrained
 from ..tuned import merge_adapter
 from ..types import Message
+from .linear import speed_up_linears
 from .policy import Policy
 
 __all__ = ["Classifier"]
@@ -30,6 +31,7 @@ class Classifier(Policy):
         outputs: Names of the head's outputs.
         problem_type: What Transformers calls the task; written into the configuration.
         max_length: Longer texts lose their beginning.
+        train_embeddings: Whether the words' embeddings are trained too.
     """
 
     def __init__(
@@ -38,12 +40,13 @@ class Classifier(Policy):
         outputs: Sequence[str],
         problem_type: str | None = None,
         max_length: int = 512,
+        train_embeddings: bool = True,
     ) -> None:
         super().__init__(pretrained, Unconditioned())
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, not {max_length}.")
         self.outputs, self.problem_type = list(outputs), problem_type
-        self.max_length = max_length
+        self.max_length, self.train_embeddings = max_length, train_embeddings
 
     def build(self, names: Sequence[str] = (), seed: int = 0) -> None:
         """Loads the trunk, with the head of its files or a new one; a second call does nothing.
@@ -60,7 +63,10 @@ class Classifier(Policy):
         self.tokenizer = pretrained_models.load_tokenizer(self.pretrained)
         self.tokenizer.padding_side = "right"
         self.model = self._load(seed)
+        speed_up_linears(self.model)
         self.conditioner.attach_once(self.model, names, seed)
+        if not self.train_embeddings:
+            self.model.get_input_embeddings().requires_grad_(False)
         self.train()
 
     def _load(self, seed: int) -> PreTrainedModel:

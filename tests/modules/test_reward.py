@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -228,9 +229,12 @@ def test_it_learns_and_its_folder_scores_alike(
     torch.testing.assert_close(plain, own, rtol=1e-4, atol=1e-5)
 
 
-def test_a_seeded_run_repeats_and_resumes(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_a_seeded_run_repeats_and_resumes(
+    embeddings: bool, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     def fit(folder: Path, steps: int, seed: int = 3, **options: Any) -> dict[str, Tensor]:
-        module = make_module(tiny_folder(), seed=seed)
+        module = make_module(tiny_folder(), seed=seed, train_embeddings=embeddings)
         trainer = make_trainer(
             folder,
             max_steps=steps,
@@ -254,6 +258,34 @@ def test_a_seeded_run_repeats_and_resumes(tiny_folder: Callable[..., Path], tmp_
     assert not torch.equal(other["model.score.weight"], whole["model.score.weight"])
     found = RewardModule.load_from_checkpoint(path, weights_only=True)
     assert isinstance(found.supervision, PreferencePairs)
+    assert (
+        found.policy.train_embeddings == embeddings == ("model.model.embed_tokens.weight" in whole)
+    )
+    saved = load_file(tmp_path / "whole/reward/model.safetensors")["model.embed_tokens.weight"]
+    before = load_file(tiny_folder() / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(saved, before) != embeddings
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_text_of_many_rows_is_read_once(chat: bool, tiny_folder: Callable[..., Path]) -> None:
+    rows = pairs()[:4]
+    rows[2] |= {name: rows[0][name] for name in ("prompt", "chosen")}
+    rows = [as_chat(row) for row in rows] if chat else rows
+    module, data = make_module(tiny_folder(chat=chat)), make_data(rows, holdout=0)
+    module.configure_model()
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    read: list[int] = []
+    module.policy.model.register_forward_pre_hook(
+        lambda _, args, inputs: read.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    found = module.scores(batch)
+    alone = [
+        module.policy.scores(module.policy.tokens([text])[0])
+        for text in module.supervision.texts(batch)
+    ]
+    assert read == [7] + [1] * 8
+    torch.testing.assert_close(found, torch.cat(alone))
 
 
 def test_long_texts_lose_their_beginning_and_it_is_told(
