@@ -19,6 +19,7 @@ __all__ = [
     "empty",
     "other_summary",
     "shuffled_words",
+    "support",
     "swapped_word",
     "swapped_words",
 ]
@@ -98,6 +99,19 @@ Corruption = Callable[[str, Summaries, torch.Generator], str | None]
 def content_words(text: str) -> list[re.Match[str]]:
     """Whole words of three letters or more that say something."""
     return [m for m in _WORD.finditer(text) if m[0].lower() not in _FUNCTION_WORDS]
+
+
+def support(document: str, summary: str) -> float:
+    """How much of what a summary says its document says too.
+
+    Returns:
+        The share of the summary's content words that begin as a content word of the document
+        does, each beginning of four letters counted once; 1 where the summary has none.
+    """
+    said, wanted = (
+        {word[0].lower()[:_STEM] for word in content_words(text)} for text in (document, summary)
+    )
+    return len(wanted & said) / len(wanted) if wanted else 1.0
 
 
 def swapped_word(summary: str, summaries: Summaries, draw: torch.Generator) -> str | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .corpus import Corpus
+from .corruptions import support
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,17 +43,27 @@ class Docstrings(Corpus):
     Args:
         min_words: Leave out documents with fewer words (20 is the least there is).
         max_words: Leave out documents with more words.
+        min_support: Leave out documents that back up less of their summary: a share of its content
+            words, of which the first four letters must stand in the document too. At 0.25 a
+            quarter of the corpus goes, documents that say only what the summary does not.
     """
 
     template = "Summarize in one short sentence:\n\n{document}"
 
-    def __init__(self, min_words: int = _MIN_WORDS, max_words: int | None = None) -> None:
+    def __init__(
+        self,
+        min_words: int = _MIN_WORDS,
+        max_words: int | None = None,
+        min_support: float = 0.0,
+    ) -> None:
         if min_words < _MIN_WORDS or (max_words is not None and max_words < min_words):
             raise ValueError(
                 f"Docstrings need {_MIN_WORDS} <= min_words <= max_words; got {min_words} and "
                 f"{max_words}."
             )
-        self.min_words, self.max_words = min_words, max_words
+        if not 0 <= min_support <= 1:
+            raise ValueError(f"min_support is a share, between 0 and 1, not {min_support}.")
+        self.min_words, self.max_words, self.min_support = min_words, max_words, min_support
 
     def load(self) -> Dataset:
         """The corpus, columns ``document`` and ``summary``, always in the same order."""
@@ -60,7 +71,9 @@ class Docstrings(Corpus):
 
         most = sys.maxsize if self.max_words is None else self.max_words
         pairs = [
-            pair for pair in _corpus().items() if self.min_words <= len(pair[0].split()) <= most
+            pair
+            for pair in _corpus().items()
+            if self.min_words <= len(pair[0].split()) <= most and support(*pair) >= self.min_support
         ]
         return Dataset.from_dict(
             {"document": [pair[0] for pair in pairs], "summary": [pair[1] for pair in pairs]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from clp_lightning.data import Docstrings
+from clp_lightning.data.corruptions import support
 from clp_lightning.data.docstrings import _corpus, _pairs, document_and_summary
 
 PROSE = "Rows with equal names keep the order in which they came, whatever the sort " * 2
@@ -72,6 +73,30 @@ def test_the_corpus_is_large_unique_and_filtered() -> None:
     assert {20, 45} <= {len(document.split()) for document in few["document"]} <= set(range(20, 46))
     assert 1000 < len(few) < len(rows)
     assert min(len(summary.split()) for summary in rows["summary"]) == 3
+
+
+def test_documents_that_back_their_summary_up() -> None:
+    rows = Docstrings(max_words=45).load()
+    shares = [support(d, s) for d, s in zip(rows["document"], rows["summary"], strict=True)]
+    kept = Docstrings(max_words=45, min_support=0.25).load()
+    backed = [d for d, share in zip(rows["document"], shares, strict=True) if share >= 0.25]
+    assert list(kept["document"]) == backed
+    assert 0.7 < len(kept) / len(rows) < 0.8
+    with pytest.raises(ValueError, match="min_support is a share, between 0 and 1, not 25"):
+        Docstrings(min_support=25)
+
+
+@pytest.mark.parametrize(
+    ("summary", "share"),
+    [
+        ("Sorts the rows by name.", 1.0),  # forms of a word begin alike
+        ("Sort SORTED sorting columns.", 0.5),  # once
+        ("Delete every column.", 0.0),
+        ("Do as of it.", 1.0),  # says nothing
+    ],
+)
+def test_support(summary: str, share: float) -> None:
+    assert support("Rows are sorted by their names.", summary) == share
 
 
 def test_reading_again_gives_the_same_corpus() -> None:
