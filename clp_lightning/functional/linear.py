@@ -20,7 +20,7 @@ _SWITCH = RLock()  # two threads that throw it at once could leave it thrown
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W' + b``, as ``torch.nn.functional.linear``; on the CPU by oneDNN where that is as exact.
+    """``x W' + b``, as ``torch.nn.functional.linear``; on the CPU by the faster exact kernel.
 
     Torch's own float32 product is half as fast as oneDNN's on AMD's processors, where MKL does less
     than it can; on Intel's it is the faster one. oneDNN's is as exact where there is no AMX unit
@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _pays(x, weight, bias):
         # Rows, because a slice of a (B, T, d) tensor would copy the weight for every b.
-        whole = x.dim() <= 2 or x.is_contiguous()
+        whole = x.dim() <= 2 or x.device.type != "cpu" or x.is_contiguous()
         return F.linear(x, weight, bias) if whole else _of_rows(x, weight, bias)
     if torch.is_grad_enabled():
         out: Tensor = _Product.apply(x, weight, bias)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clp_lightning.functional import linear
 from clp_lightning.functional.linear import _helps, _is_exact, _onednn, _pays, _Product
@@ -36,7 +37,7 @@ def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(400,), (20, 20), (3,)])
-@pytest.mark.parametrize("sliced", [True, False])
+@pytest.mark.parametrize("sliced", [True, False], ids=["sliced", "whole"])
 def test_values_and_gradients(
     rows: tuple[int, ...], bias: bool, sliced: bool, onednn: bool
 ) -> None:
@@ -58,6 +59,21 @@ def test_values_and_gradients(
         assert our.shape == their.shape
         error = (their - true).abs().max()
         assert (our - true).abs().max() <= 2 * error + 1e-6  # in bfloat16: some 1e-1
+
+
+def test_a_slice_does_not_copy_the_weight_for_every_row(onednn: bool) -> None:
+    x, weight, _ = tensors((20, 40), False)
+    assert x is not None and weight is not None
+    called: list[str] = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            called.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Calls():
+        linear(x.detach()[:, 20:], weight.detach())
+    assert "mm" in called and "bmm" not in called
 
 
 @pytest.mark.parametrize(
