@@ -12,7 +12,7 @@ __all__ = ["Unconditioned"]
 
 
 class Unconditioned(Conditioner):
-    """Trains every parameter of the model and ignores the preference.
+    """Trains every parameter of the model that is not frozen afterwards; ignores the preference.
 
     For supervised training and as a baseline. The trained weights replace the base's, so there is
     no reference to go back to.
@@ -31,7 +31,7 @@ class Unconditioned(Conditioner):
         return [[] for _ in self._names]
 
     def shared(self) -> list[nn.Parameter]:
-        return list(self._model.parameters())
+        return [p for p in self._model.parameters() if p.requires_grad]
 
     def open(self, scope: Scope):  # type: ignore[no-untyped-def]
         if scope.coefficients is None:

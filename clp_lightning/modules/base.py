@@ -7,7 +7,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self, get_args
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -65,7 +65,12 @@ class PolicyModule(Described, LightningModule):
         lr_decay: How it falls to 0 at the end of the run.
         optimizer: A torch optimizer class with its further arguments.
         lr_scheduler: A torch scheduler, stepped once per optimizer step.
+
+    Attributes:
+        exact_when_frozen: Whether a precision of the Trainer leaves frozen weights alone as well.
     """
+
+    exact_when_frozen: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -140,7 +145,7 @@ class PolicyModule(Described, LightningModule):
         """Moves everything, but converts only the frozen base to half precision."""
         if self.policy.is_sharded:  # already converted
             return super()._apply(device_only(fn), recurse)
-        with exact_tensors_kept(self):
+        with exact_tensors_kept(self, frozen=self.exact_when_frozen):
             return super()._apply(fn, recurse)
 
     def on_train_batch_end(self, *_: Any) -> None:

@@ -29,19 +29,23 @@ def float32_by_default() -> Iterator[None]:
 
 
 @contextmanager
-def exact_tensors_kept(module: nn.Module) -> Iterator[None]:
+def exact_tensors_kept(module: nn.Module, frozen: bool = False) -> Iterator[None]:
     """Undoes what a conversion inside the block does to trained parameters and to buffers.
 
     They still move to another device.
+
+    Args:
+        module: What is converted.
+        frozen: Keep frozen parameters as well.
     """
-    trained = [(p, p.data) for p in module.parameters() if p.requires_grad]
+    kept = [(p, p.data) for p in module.parameters() if frozen or p.requires_grad]
     buffers = [
         (owner, name, buffer)
         for owner in module.modules()
         for name, buffer in owner.named_buffers(recurse=False)
     ]
     yield
-    for parameter, data in trained:
+    for parameter, data in kept:
         if parameter.dtype in _HALF:
             parameter.data = data.to(parameter.device)
     for owner, name, buffer in buffers:  # which a conversion replaces

@@ -32,11 +32,11 @@ class RewardModule(PolicyModule):
     """Trains a sequence classifier and writes a plain Hugging Face folder.
 
     The loss is the mean over the rows of the whole batch, over all ranks and accumulated batches;
-    all weights are trained, without dropout. The folder, ``<trainer.log_dir>/reward``, is a
-    reward: ``ClassifierHead(folder)``. Validation logs the share of right decisions, the expected
-    calibration error of their probabilities (Guo et al. 2017, ten equal bins), and ``val/auc``: how
-    often a good text of any row has a higher score than a bad one of any row (chosen and rejected,
-    or the second and the first of two classes).
+    all weights are trained (``train_embeddings`` is the exception), without dropout. The folder,
+    ``<trainer.log_dir>/reward``, is a reward: ``ClassifierHead(folder)``. Validation logs the share
+    of right decisions, the expected calibration error of their probabilities (Guo et al. 2017, ten
+    equal bins), and ``val/auc``: how often a good text of any row has a higher score than a bad one
+    of any row (chosen and rejected, or the second and the first of two classes).
 
     Args:
         pretrained: The trunk, a language model, an encoder or a classifier: a hub name, a folder
@@ -45,8 +45,6 @@ class RewardModule(PolicyModule):
         max_length: Longer texts lose their beginning; how many is logged.
         cross_encoder: Prompt and answer are two texts to the model, and the prompt is cut, at its
             end; an answer only where it leaves no room. The reward is ``CrossEncoderHead(folder)``.
-        train_embeddings: Whether the words' embeddings, half the weights of a small model, are
-            trained too; a step without them is faster and needs less memory.
         auc_by: A column; ``val/auc/<value>`` is logged for the rows of each of its values.
         lr: Learning rate.
         weight_decay: Weight decay.
@@ -55,9 +53,12 @@ class RewardModule(PolicyModule):
         optimizer: Optimizer class and its further arguments.
         lr_scheduler: Scheduler class and its arguments, stepped once per optimizer step.
         seed: Key of a new head; that of ``seed_everything`` if None.
+        train_embeddings: Whether the words' embeddings, half the weights of a small model, are
+            trained too; a step without them is faster and needs less memory.
     """
 
     policy: Classifier
+    exact_when_frozen = True  # the folder holds all weights, in one precision
 
     def __init__(
         self,
@@ -65,7 +66,6 @@ class RewardModule(PolicyModule):
         supervision: Supervision | None = None,
         max_length: int = 512,
         cross_encoder: bool = False,
-        train_embeddings: bool = True,
         auc_by: str | None = None,
         lr: float = 2e-5,
         weight_decay: float = 0.0,
@@ -74,6 +74,7 @@ class RewardModule(PolicyModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int | None = None,
+        train_embeddings: bool = True,
     ) -> None:
         supervision = supervision or PreferencePairs()
         policy = Classifier(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from .. import pretrained as pretrained_models
@@ -21,7 +21,7 @@ __all__ = ["Classifier"]
 
 
 class Classifier(Policy):
-    """One trunk and one head, trained whole; no preference reaches it.
+    """One trunk and one head, both trained; no preference reaches it.
 
     Texts are read as ``ClassifierHead`` reads them: padded on the right, cut on the left. Pairs are
     read as ``CrossEncoderHead`` reads them.
@@ -66,8 +66,17 @@ class Classifier(Policy):
         speed_up_linears(self.model)
         self.conditioner.attach_once(self.model, names, seed)
         if not self.train_embeddings:
-            self.model.get_input_embeddings().requires_grad_(False)
+            self._embeddings().requires_grad_(False)
         self.train()
+
+    def _embeddings(self) -> nn.Module:
+        try:
+            return self.model.get_input_embeddings()
+        except NotImplementedError:
+            raise ValueError(
+                f"{type(self.model).__name__} has no table of words' embeddings that could be left "
+                "as it is; leave out train_embeddings: false."
+            ) from None
 
     def _load(self, seed: int) -> PreTrainedModel:
         spec = self.pretrained

