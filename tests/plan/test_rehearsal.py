@@ -114,8 +114,8 @@ def test_of_the_reference_nothing_is_kept_for_the_backward_pass(
         return rehearse(module, Load(PROMPTS, LENGTH))["gradient"]["activations"]
 
     table = 4 * PROMPTS * SAMPLES * new * vocabulary  # log-probabilities of every token
-    # Those of the policy stay, and their gradient and that of the logits come to them, where the
-    # other form has that of the logits alone; the reference's would be one more.
+    # The peak is in the forward pass of the vocabulary's form, while the reference's are there; if
+    # they were kept for the backward pass, there would be one more.
     assert 2 * table < activations("vocabulary") - activations("response") < 2.5 * table
 
 
