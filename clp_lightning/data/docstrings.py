@@ -43,9 +43,9 @@ class Docstrings(Corpus):
     Args:
         min_words: Leave out documents with fewer words (20 is the least there is).
         max_words: Leave out documents with more words.
-        min_support: Leave out documents that back up less of their summary: a share of its content
-            words, of which the first four letters must stand in the document too. At 0.25 a
-            quarter of the corpus goes, documents that say only what the summary does not.
+        min_support: Leave out documents that back up less of their summary: the share of its
+            content words that begin, by their first four letters, as one of the document does. At
+            0.33 a quarter of the corpus goes; of the documents of 20 to 45 words, a third.
     """
 
     template = "Summarize in one short sentence:\n\n{document}"

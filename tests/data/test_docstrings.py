@@ -78,10 +78,10 @@ def test_the_corpus_is_large_unique_and_filtered() -> None:
 def test_documents_that_back_their_summary_up() -> None:
     rows = Docstrings(max_words=45).load()
     shares = [support(d, s) for d, s in zip(rows["document"], rows["summary"], strict=True)]
-    kept = Docstrings(max_words=45, min_support=0.25).load()
-    backed = [d for d, share in zip(rows["document"], shares, strict=True) if share >= 0.25]
+    kept = Docstrings(max_words=45, min_support=0.33).load()
+    backed = [d for d, share in zip(rows["document"], shares, strict=True) if share >= 0.33]
     assert list(kept["document"]) == backed
-    assert 0.7 < len(kept) / len(rows) < 0.8
+    assert 0.5 < len(kept) / len(rows) < 0.9
     with pytest.raises(ValueError, match="min_support is a share, between 0 and 1, not 25"):
         Docstrings(min_support=25)
 
@@ -89,7 +89,7 @@ def test_documents_that_back_their_summary_up() -> None:
 @pytest.mark.parametrize(
     ("summary", "share"),
     [
-        ("Sorts the rows by name.", 1.0),  # forms of a word begin alike
+        ("Sorts the rows by name.", 1.0),  # by their first four letters
         ("Sort SORTED sorting columns.", 0.5),  # once
         ("Delete every column.", 0.0),
         ("Do as of it.", 1.0),  # says nothing
