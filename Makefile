@@ -38,7 +38,7 @@ quickstart: install
 # A trained reward head, then CLP between it, ROUGE and brevity: docs/howto/consistency.md.
 consistency: install
 	$(ALONE) -m clp_lightning fit --config configs/consistency/head.yaml
-	$(ALONE) -m clp_lightning fit --config configs/warmup.yaml
+	$(ALONE) -m clp_lightning fit --config configs/warmup.yaml --config configs/consistency/reference.yaml
 	$(ALONE) -m clp_lightning fit --config configs/consistency.yaml
 
 lint: install
