@@ -16,7 +16,9 @@ from ..functional.loss import policy_gradient_loss
 from ..modules import CLPModule
 from ..policy.cache import grow_in_place, make_full
 from ..policy.prefix import extend, read_prompt
+from ..policy.rollout import TransformersEngine
 from ..policy.sampling import sample_tokens
+from ..policy.stem import Stem, worth_keeping
 from ..pretrained import load_skeleton
 from ..rewards.heads import Head
 from ..types import Preference, Rollout
@@ -110,7 +112,7 @@ class _Rehearsal:
             phases = {
                 # Lightning clears the gradients of a step just before the next backward.
                 "sampling": peak(lambda: self._sample(batch, module.samples_per_prompt, True)),
-                "gradient": peak(lambda: self._gradient(optimizer)),
+                "gradient": peak(lambda: self._gradient(optimizer, batch)),
                 "update": peak(optimizer.step),
             }
         rewards = _reward_models(module)
@@ -148,6 +150,21 @@ class _Rehearsal:
         alpha = torch.full((rows,), 0.5) if alike else torch.linspace(0.25, 0.75, rows)
         return Preference(weights, alpha)
 
+    def _stem_states(self, prompts: int, samples: int, training: bool) -> Tensor | None:
+        """What is kept, from sampling to scoring, of the blocks that no preference changes."""
+        module, policy, load = self.module, self.policy, self.load
+        engine = module.engine
+        kept = isinstance(engine, TransformersEngine) and engine.records_stem and policy.share_stem
+        kept &= not policy.gradient_checkpointing and load.shard_group == 1
+        stem = Stem.told(policy.model, policy.conditioner) if kept else None
+        width = policy.model.config.get_text_config().hidden_size
+        each = load.prompt_tokens + samples * module.sampling.max_new_tokens
+        if stem is None or not worth_keeping(prompts * each, width):
+            return None
+        rollouts = load.prompts * module.rollout_batches if training else prompts
+        dtype = load.dtype or policy.model.dtype
+        return torch.empty(rollouts * each, width, dtype=dtype, device="meta")
+
     # -- phases -----------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -156,6 +173,7 @@ class _Rehearsal:
         module, policy, length = self.module, self.policy, self.load.prompt_tokens
         alike = policy.conditioner.why_not_rows() is not None
         alike = alike or (training and self.load.one_preference)
+        states = self._stem_states(prompts, samples, training)
         ids = torch.zeros(prompts, length, dtype=torch.long, device="meta")
         rows = torch.arange(prompts).repeat_interleave(samples)
         preference = self._preference(prompts, alike)
@@ -176,9 +194,11 @@ class _Rehearsal:
                 uniform = torch.zeros(len(rows), device="meta", dtype=torch.float64)
                 token, _ = sample_tokens(prefix.logits, uniform, module.sampling)
                 extend(policy.model, prefix, token.unsqueeze(-1))
+        del states
 
-    def _gradient(self, optimizer: torch.optim.Optimizer) -> None:
+    def _gradient(self, optimizer: torch.optim.Optimizer, batch: int) -> None:
         module, policy = self.module, self.policy
+        states = self._stem_states(batch, module.samples_per_prompt, True)
         rollout = self._rollout()
         every_token = module.kl == "vocabulary"
         ask: Callable[[Rollout], Tensor]
@@ -200,6 +220,7 @@ class _Rehearsal:
         if self.load.accumulate == 1:
             optimizer.zero_grad()
         loss.backward()
+        del states
 
     def _rollout(self) -> Rollout:
         load, module = self.load, self.module

@@ -125,6 +125,11 @@ class TransformersEngine(Engine):
         ids = rollout.response_ids.unsqueeze(-1)
         return mixed.log_softmax(-1).gather(-1, ids).squeeze(-1)
 
+    @property
+    def records_stem(self) -> bool:
+        """Whether it computes as scoring would, which may then take up what it made."""
+        return self.on_policy and not (self.compile or self.precision)
+
     @torch.no_grad()
     def generate(self, policy: Policy, batch: PromptBatch, n: int, sampling: Sampling) -> Rollout:
         preference = batch.preference
@@ -148,8 +153,8 @@ class TransformersEngine(Engine):
         mask = torch.zeros(shape, dtype=torch.bool, device=rows.device)
         logp = torch.zeros(shape, dtype=torch.float64, device=rows.device)
         finished = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        # Where it is computed as scoring would compute it, and scored.
-        records = self.on_policy and not (self.compile or self.precision or policy.is_reference)
+        # The reference's responses are not scored.
+        records = self.records_stem and not policy.is_reference
         tokens = input_ids.numel() + response_ids.numel()
         record = Recording(policy.stem if records else None, len(rows), tokens)
         with policy.eval_mode(), record:

@@ -20,7 +20,7 @@ from .blocks import blocks
 from .cache import is_plain
 from .prefix import Prefix, Rows, extend, first_of_group, read_prompt
 
-__all__ = ["Given", "Recording", "Stem"]
+__all__ = ["Given", "Recording", "Stem", "worth_keeping"]
 
 # Numbers that a rollout may carry; more memory than this is worth more than the time.
 _MOST_NUMBERS = 2**27
@@ -48,6 +48,16 @@ class Stem:
     @classmethod
     def of(cls, model: PreTrainedModel, conditioner: Conditioner) -> Stem | None:
         """The longest; None where there is none, where it cannot be told, or does not do."""
+        stem = cls.told(model, conditioner)
+        if stem is None:
+            return None
+        with conditioner.session(), conditioner.reference():
+            asked = attempt(stem._does)  # a model of another make may say anything to it
+        return stem if asked.exception() is None and asked.result() else None
+
+    @classmethod
+    def told(cls, model: PreTrainedModel, conditioner: Conditioner) -> Stem | None:
+        """The longest as far as the layers tell, without a forward of the model."""
         changed, stack = conditioner.changed_layers(), list(blocks(model))
         if changed is None or conditioner.rewrites or not _tells_all(conditioner):
             return None
@@ -59,10 +69,7 @@ class Stem:
         after = set() if output is None else set(output.modules())
         if not first or model.config.is_encoder_decoder or not touched <= inside | after:
             return None
-        stem = cls(model, len(first))
-        with conditioner.session(), conditioner.reference():
-            asked = attempt(stem._does)  # a model of another make may say anything to it
-        return stem if asked.exception() is None and asked.result() else None
+        return cls(model, len(first))
 
     @torch.no_grad()
     def _does(self) -> bool:
@@ -137,6 +144,11 @@ class Stem:
         return prefix
 
 
+def worth_keeping(tokens: int, width: int) -> bool:
+    """Whether a rollout of so many tokens carries what the stem made of them, so wide."""
+    return tokens * width <= _MOST_NUMBERS
+
+
 def _skip(number: int, states: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
     """In place of a block's forward; the cache gets tokens, from whose number masks are made."""
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
@@ -200,7 +212,7 @@ class Recording:
         self._seen.clear()
         # Several voices have more prompts; blocks can be replaced.
         fits = read is not None and read.shape[:2] == ids.shape
-        if read is None or not fits or self._numbers * read.shape[-1] > _MOST_NUMBERS:
+        if read is None or not fits or not worth_keeping(self._numbers, read.shape[-1]):
             self.__exit__()
             self._stem = None
             return

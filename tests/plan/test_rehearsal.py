@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 
-from clp_lightning import ClassifierHead, LoRA
+from clp_lightning import ClassifierHead, LoRA, TransformersEngine
 from clp_lightning.conditioning import Mixture
 from clp_lightning.plan import (
     Gathered,
@@ -117,6 +121,26 @@ def test_of_the_reference_nothing_is_kept_for_the_backward_pass(
     # The peak is in the forward pass of the vocabulary's form, while the reference's are there; if
     # they were kept for the backward pass, there would be one more.
     assert 2 * table < activations("vocabulary") - activations("response") < 2.5 * table
+
+
+def test_what_the_stem_made_is_kept_from_sampling_to_scoring(
+    tiny_folder: Callable[..., Path],
+) -> None:
+    def phases(share: bool, **options: object) -> dict[str, dict[str, int]]:
+        conditioner = LoRA(rank=2, last_blocks=1)
+        arguments = {"max_new_tokens": NEW, "rollout_batches": 2, **options}
+        module = make_module(tiny_folder(), conditioner=conditioner, **arguments)
+        module.policy.share_stem = share
+        return rehearse(module, Load(PROMPTS, LENGTH))
+
+    kept, not_kept = phases(True), phases(False)
+    width = AutoConfig.from_pretrained(tiny_folder()).hidden_size
+    states = 4 * width * 2 * PROMPTS * (LENGTH + SAMPLES * NEW)
+    for phase in ("sampling", "gradient"):
+        assert kept[phase]["activations"] - not_kept[phase]["activations"] == states
+    assert kept["update"] == not_kept["update"]
+    other = {"engine": TransformersEngine(precision="bf16")}
+    assert phases(True, **other) == phases(False, **other)
 
 
 def test_reward_models_count_where_they_stand_beside_the_policy(

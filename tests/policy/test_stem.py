@@ -98,6 +98,18 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=2e-5)
 
 
+def test_what_a_rollout_carries(tiny_folder: Callable[..., Path]) -> None:
+    # `plan` counts as much (tests/plan/test_rehearsal.py).
+    policy = policy_of(tiny_folder(), lambda: LoRA(2, last_blocks=1))
+    policy.stop_ids = []
+    rollout = sampled(policy)
+    told = [states for each in rollout.stem for states in (each.prompt, each.response)]
+    storages = {states.untyped_storage().data_ptr(): states.untyped_storage() for states in told}
+    prompts = int(rollout.prompt_mask[::3].sum())
+    width = policy.model.config.hidden_size
+    assert sum(each.nbytes() for each in storages.values()) == 4 * width * (prompts + 9 * 9)
+
+
 @pytest.mark.parametrize(
     ("kind", "name"), [*(("llama", name) for name in CONDITIONERS), ("gpt2", "last block")]
 )
