@@ -156,10 +156,11 @@ class _Rehearsal:
         engine = module.engine
         kept = isinstance(engine, TransformersEngine) and engine.records_stem and policy.share_stem
         kept &= not policy.gradient_checkpointing and load.shard_group == 1
-        stem = Stem.told(policy.model, policy.conditioner) if kept else None
+        if not kept or Stem.told(policy.model, policy.conditioner) is None:
+            return None
         width = policy.model.config.get_text_config().hidden_size
         each = load.prompt_tokens + samples * module.sampling.max_new_tokens
-        if stem is None or not worth_keeping(prompts * each, width):
+        if not worth_keeping(prompts * each, width):
             return None
         rollouts = load.prompts * module.rollout_batches if training else prompts
         dtype = load.dtype or policy.model.dtype
