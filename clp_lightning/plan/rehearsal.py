@@ -87,7 +87,7 @@ class _Rehearsal:
         self.policy.cut_by_length = False  # responses are as long as they may be
         if load.shard_group > 1:
             self.policy.conditioner.move_in()
-            self.policy.share_prompts = False
+            self.policy.share_prompts = self.policy.share_stem = False
         if module.critic is not None:
             output: Any = self.policy.model.get_output_embeddings()
             module.critic.build(output.in_features, len(names), module.seed)
@@ -154,8 +154,8 @@ class _Rehearsal:
         """What is kept, from sampling to scoring, of the blocks that no preference changes."""
         module, policy, load = self.module, self.policy, self.load
         engine = module.engine
-        kept = isinstance(engine, TransformersEngine) and engine.records_stem and policy.share_stem
-        kept &= not policy.gradient_checkpointing and load.shard_group == 1
+        kept = isinstance(engine, TransformersEngine) and engine.records_stem
+        kept &= policy.share_stem and not policy.gradient_checkpointing
         if not kept or Stem.told(policy.model, policy.conditioner) is None:
             return None
         width = policy.model.config.get_text_config().hidden_size
