@@ -229,6 +229,7 @@ class CLPModule(LearningSignal, FrontSweep, PolicyModule):
     def rollout(self, batch: PromptBatch) -> Rollout:
         """Responses to this step's slice of the batch; sampled with the first slice."""
         if batch.part == 0 or self._sampled is None:
+            self._sampled = None  # two at once would take twice the memory
             self._sampled = sample(self, batch)
         rollout, self.asked = self._sampled.slice(batch, self.samples_per_prompt)
         return rollout

@@ -21,7 +21,7 @@ from ..types import Preference, Prompt, Rollout
 from .encoding import Encoding, pad
 from .lengths import Bundle, bundles, whole
 from .linear import speed_up_linears
-from .prefix import first_of_group, read_prompt
+from .prefix import first_of_group, groups_alike, read_prompt
 from .readout import InPieces, OfLogits, Readout, can_be_cut
 from .scoring import score_full, score_shared, stand_in, worth_sharing
 from .sharded import shard_model
@@ -269,12 +269,11 @@ class Policy(nn.Module):
         ids, mask, groups = rollout.input_ids, rollout.prompt_mask, rollout.groups
         if not self.is_reference:
             return ids, mask, groups
-        # The reference reads a prompt once, whatever the preferences.
-        groups = rollout.prompt_ids.unique(return_inverse=True)[1].to(groups.device)
         if rollout.reference_input_ids is not None:
             assert rollout.reference_prompt_mask is not None
             ids, mask = rollout.reference_input_ids, rollout.reference_prompt_mask
-        return ids, mask, groups
+        # The reference reads a prompt once, whatever the preferences.
+        return ids, mask, groups_alike(ids, mask)
 
     def _score(self, rollout: Rollout, of_logits: OfLogits, cut: bool = True) -> Tensor:
         if not len(rollout):  # the other devices gather the weights, forwards and backwards
@@ -283,12 +282,12 @@ class Policy(nn.Module):
                 return self._score(rollout, of_logits)[:0]
         ids, mask, groups = self._prompts_read(rollout)
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        wish = self.share_prompts
-        share = worth_sharing(self._num_weights, ids, groups) if wish is None else wish
+        given = Given(self.stem if rollout.stem else None, rollout, ids, mask)
+        share = self.share_prompts
+        if share is None:
+            share = bool(given) or worth_sharing(self._num_weights, ids, groups)
         share &= not recomputes
-        score = score_full
-        if share:
-            score = partial(score_shared, given=Given(self.stem, rollout, ids, mask))
+        score = partial(score_shared, given=given) if share else score_full
         parts = self._bundles(rollout, mask, share, cut and self.cut_by_length)
         readout = self._readout(rollout, of_logits)
         with self.eval_mode(unless=recomputes):

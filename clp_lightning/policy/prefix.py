@@ -26,6 +26,7 @@ __all__ = [
     "Rows",
     "extend",
     "first_of_group",
+    "groups_alike",
     "positions",
     "read_prompt",
     "run",
@@ -87,6 +88,17 @@ def first_of_group(groups: Tensor) -> Tensor:
     rows = torch.arange(len(groups), device=groups.device)
     start = torch.full((count,), len(groups), device=groups.device)
     return start.scatter_reduce(0, groups, rows, "amin")
+
+
+def groups_alike(input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Which prompts are token for token the same: the number of each one's group, shape (P,).
+
+    Example:
+        >>> ids = torch.tensor([[7, 8], [0, 8], [7, 8]])
+        >>> groups_alike(ids, ids > 0).tolist()
+        [1, 0, 1]
+    """
+    return torch.cat([input_ids, mask.long()], 1).unique(dim=0, return_inverse=True)[1]
 
 
 @memoize

@@ -18,7 +18,7 @@ from ..conditioning.forwards import forwards_replaced
 from ..types import Rollout, StemStates
 from .blocks import blocks
 from .cache import is_plain
-from .prefix import Prefix, Rows, extend, first_of_group, read_prompt
+from .prefix import Prefix, Rows, extend, first_of_group, groups_alike, read_prompt
 
 __all__ = ["Given", "Recording", "Stem", "worth_keeping"]
 
@@ -75,9 +75,9 @@ class Stem:
     def _does(self) -> bool:
         """Whether the model says the same of a few tokens where the stem is not run."""
         model, seen = self._model, list[Any]()
-        ids = torch.arange(10, device=model.device).view(2, 5)
-        prompt, more = ids[:, :3], ids[:, 3:]
-        mask = prompt > 0  # one begins a place later
+        ids = torch.arange(10, device=model.device) % model.config.get_text_config().vocab_size
+        prompt, more = ids[:6].view(2, 3), ids[6:].view(2, 2)
+        mask = torch.arange(6, device=model.device).view(2, 3) > 0  # one begins a place later
         cache = DynamicCache(config=model.config)
         if not is_plain(cache) or len(cache.layers) * self._share != len(self):
             return False
@@ -129,8 +129,7 @@ class Stem:
             rows: Opens the preference.
         """
         model, every = self._model, torch.arange(len(mask), device=mask.device)
-        read = torch.cat([input_ids, mask.long()], 1)
-        which = read.unique(dim=0, return_inverse=True)[1]
+        which = groups_alike(input_ids, mask)
         first = first_of_group(which)
         seen: list[Tensor] = []
         if 2 * len(first) <= self._share * len(mask):  # the first are read in whole, once more
@@ -253,6 +252,9 @@ class Given:
         responses = [told.response_ids for told in self._states]
         known &= _alike(responses, rollout.response_ids, rollout.response_mask)
         self._stem = stem if known else None
+
+    def __bool__(self) -> bool:
+        return self._stem is not None
 
     def prompts(self, rows: Tensor, length: int) -> AbstractContextManager[None]:
         """Opened around a forward of the prompts of ``rows``, padded on the left to ``length``."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from clp_lightning import (
     LoRA,
@@ -26,8 +27,9 @@ from clp_lightning import (
 )
 from clp_lightning.conditioning import Conditioner
 from clp_lightning.policy.blocks import blocks
+from clp_lightning.policy.stem import Stem
 from clp_lightning.types import Prompt
-from tests.helpers import PROMPTS, assert_alike, build_policy, prompt_batch
+from tests.helpers import NAMES, PROMPTS, assert_alike, build_policy, prompt_batch
 
 LAST = [r"\.1\..*(q_proj|v_proj|down_proj)"]
 CONDITIONERS: dict[str, tuple[Callable[[], Conditioner], int]] = {
@@ -127,6 +129,31 @@ def test_passes_that_begin_behind_the_stem_are_the_whole_ones(
     policy.share_stem = False
     assert_same(found, read(policy, rollout))
     assert seen
+
+
+def test_one_response_to_each_prompt(tiny_folder: Callable[..., Path]) -> None:
+    """Nothing is shared among responses, but what was made of them is at hand."""
+    policy = policy_of(tiny_folder("llama"), CONDITIONERS["lora"][0])
+    policy.share_prompts = None
+    batch = prompt_batch(PROMPTS, asked(policy))
+    rollout = TransformersEngine().generate(policy, batch, 1, Sampling(9))
+    seen = calls(policy)
+    found = read(policy, rollout)
+    assert not seen
+    policy.share_stem = False
+    assert_same(found, read(policy, rollout))
+    assert seen
+
+
+@pytest.mark.parametrize("vocabulary", [2, 6])
+def test_a_vocabulary_of_few_tokens(tiny_folder: Callable[..., Path], vocabulary: int) -> None:
+    folder = tiny_folder("llama", initializer_range=0.2)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(vocabulary)
+    conditioner = LoRA(rank=2, targets=LAST, shared_rank=0)
+    conditioner.attach_once(model, NAMES, 0)
+    stem = Stem.of(model, conditioner)
+    assert stem is not None and len(stem) == 1
 
 
 def test_of_rollouts_in_parts_and_joined(tiny_folder: Callable[..., Path]) -> None:
