@@ -198,11 +198,19 @@ class TransformersEngine(Engine):
             columns={
                 name: [column[g] for g in groups.tolist()] for name, column in batch.columns.items()
             },
-            logp=None if self.precision else logp,
+            logp=None if self._scoring_tells(policy, sampling) else logp,
             reference_input_ids=None if plain is None else plain[0][rows],
             reference_prompt_mask=None if plain is None else plain[1][rows],
             stem=record.states,
         )
+
+    def _scoring_tells(self, policy: Policy, sampling: Sampling) -> bool:
+        """Whether log-probabilities are left to scoring, because decoding rounds otherwise."""
+        model, whole = policy.model, sampling.top_p == 1 and not sampling.top_k
+        half = model.dtype.itemsize < 4 or torch.is_autocast_enabled(model.device.type)
+        # Of another distribution scoring knows nothing.
+        alike = whole and sampling.temperature == policy.temperature
+        return self.precision is not None or (half and alike)
 
     def _steps(self, policy: Policy, sampling: Sampling) -> Steps:
         dtype = None if self.precision is None else torch.bfloat16

@@ -4,6 +4,7 @@ unpadded row through plain Transformers."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from clp_lightning import Policy, Rollout, Sampling, TransformersEngine
+from clp_lightning import Policy, Pretrained, Rollout, Sampling, TransformersEngine
 from clp_lightning.policy import policy as policy_module
 from clp_lightning.policy import scoring
 from tests.helpers import PROMPTS, build_policy, prompt_batch
@@ -193,3 +194,31 @@ def test_no_response_at_all(tiny_folder: Callable[..., Path]) -> None:
     nothing = rollout.select(torch.zeros(2, dtype=torch.bool))
     with policy.conditioned(nothing.preference):
         assert policy.logprobs(nothing).shape == (0, rollout.response_ids.shape[1])
+
+
+def test_the_reference_reads_every_prompt_whatever_its_number(
+    tiny_folder: Callable[..., Path],
+) -> None:
+    """A data loader of one's own may number its prompts otherwise, or not at all."""
+    policy = build_policy(tiny_folder())
+    policy.share_prompts = True
+    rollout = TransformersEngine().generate(policy, prompt_batch(PROMPTS), 2, Sampling(6))
+    with policy.reference():
+        expected = policy.logprobs(rollout)
+        found = policy.logprobs(replace(rollout, prompt_ids=torch.zeros_like(rollout.prompt_ids)))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_half_precision_the_untrained_policy_is_the_reference(
+    tiny_folder: Callable[..., Path], autocast: bool
+) -> None:
+    """What is told of a token by decoding is rounded otherwise, so it is left out."""
+    dtype = "float32" if autocast else "bfloat16"
+    policy = build_policy(Pretrained(str(tiny_folder()), dtype=dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        rollout = TransformersEngine().generate(policy, prompt_batch(PROMPTS), 2, Sampling(9))
+        assert rollout.logp is None
+        logp = TransformersEngine().logprobs(policy, rollout)
+        with policy.reference():
+            assert torch.equal(policy.logprobs(rollout), logp)
