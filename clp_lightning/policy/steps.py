@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -122,10 +124,12 @@ def compile_forward(backend: str = "inductor") -> Callable[..., Tensor]:
     The second number of rows or length that it meets makes a program for any; where preferences
     are mixed by row, each has its own.
 
+    What needs more programs than there may be is computed without, and a warning says so.
+
     Raises:
         RuntimeError: when it is called, if the model's forward cannot be compiled.
     """
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     make: Any = torch.compile  # its overloads do not name all of its arguments
     compiled = make(
@@ -136,6 +140,9 @@ def compile_forward(backend: str = "inductor") -> Callable[..., Tensor]:
         try:
             logits: Tensor = compiled(model, **inputs)
             return logits
+        except FailOnRecompileLimitHit:
+            _warn_of_too_many()
+            return run(model, **inputs)
         except TorchDynamoException as error:
             raise RuntimeError(
                 f"The forward of {type(model).__name__} could not be compiled; use "
@@ -143,3 +150,12 @@ def compile_forward(backend: str = "inductor") -> Callable[..., Tensor]:
             ) from error
 
     return program
+
+
+@cache
+def _warn_of_too_many() -> None:
+    warnings.warn(
+        f"Decoding has been compiled for {_PROGRAMS} sizes; others are computed without. Fewer "
+        "batch sizes and prompt lengths need fewer programs.",
+        stacklevel=2,
+    )

@@ -25,6 +25,7 @@ from clp_lightning import (
 )
 from clp_lightning.conditioning import Conditioner, Unconditioned
 from clp_lightning.policy import rollout as rollout_module
+from clp_lightning.policy import steps as steps_module
 from clp_lightning.policy.steps import CompiledSteps, compile_forward
 from tests.helpers import PROMPTS, build_policy, prompt_batch
 
@@ -145,6 +146,25 @@ def test_the_second_size_makes_a_program_for_all(
             got = engine.generate(policy, prompt_batch(PROMPTS), n, Sampling(12))
         plain = TransformersEngine().generate(policy, prompt_batch(PROMPTS), n, Sampling(12))
         assert_same(got, plain)
+
+
+def test_more_sizes_than_there_may_be_programs(
+    tiny_folder: Callable[..., Path], compiled: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps_module, "_PROGRAMS", 2)
+    steps_module._warn_of_too_many.cache_clear()
+    policy = build_policy(tiny_folder("llama"), Mixture("full"), perturb=0.05)
+    policy.stop_ids = ()
+    engine = compiled()
+
+    def all_sizes() -> None:
+        for n in (1, 2, 3, 4, 5):
+            got = engine.generate(policy, prompt_batch(PROMPTS), n, Sampling(6))
+            plain = TransformersEngine().generate(policy, prompt_batch(PROMPTS), n, Sampling(6))
+            assert_same(got, plain)
+
+    with pytest.warns(UserWarning, match="compiled for 2 sizes; others are computed without"):
+        all_sizes()
 
 
 def test_rows_that_ended_are_left_out_by_halves() -> None:
