@@ -25,6 +25,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     import speed
     import stem
     import step
+    import waiting
     import where
 
     modules: list[ModuleType] = [
@@ -37,6 +38,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
         speed,
         stem,
         step,
+        waiting,
         where,
     ]
     return {module.__name__: module for module in modules}
@@ -159,6 +161,16 @@ def test_stem_compares_two_steps_of_ours(
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out[-3:-1]] == ["once", "anew"]
     assert out[-1].startswith("ratio anew/once: ")
+
+
+def test_waiting_compares_numbers_of_chunks(
+    scripts: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scripts["waiting"].main([*QUICK, "--each", "0.05", "--chunks", "1", "2"]) == 0
+    *_, once, twice, ratio = capsys.readouterr().out.splitlines()
+    assert once.startswith("chunks=1 ") and twice.startswith("chunks=2 ")
+    assert float(once.split()[2]) >= 4 * 50  # milliseconds: every response waits
+    assert ratio.startswith("ratio chunks=1/chunks=2: ")
 
 
 def test_generation_samples_as_many_tokens_on_both_sides(

@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from clp_lightning import CLPCallback, Fixed, FixedAlpha, LoRA, Mixture, Pretrained
+from clp_lightning import (
+    CLPCallback,
+    Fixed,
+    FixedAlpha,
+    LoRA,
+    Mixture,
+    Policy,
+    Pretrained,
+    PromptBatch,
+    Rollout,
+    Sampling,
+    TransformersEngine,
+)
 from clp_lightning.conditioning import Weights
 from tests.helpers import prompt_batch
 from tests.modules.gradients import assert_same, by_hand, gradient_by_hand, gradients, mean, of_copy
@@ -64,6 +76,29 @@ def test_rollout_batches(per: Any, accumulate: int, base: Pretrained, tmp_path: 
     for step in range(len(found)):
         assert_same(found[step], expected[step])
     assert len(one.seen) == len(two.seen)
+
+
+class Counting(TransformersEngine):
+    """Notes under how many preferences it samples at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[int] = []
+
+    def generate(self, policy: Policy, batch: PromptBatch, n: int, sampling: Sampling) -> Rollout:
+        assert batch.preference is not None
+        self.asked.append(len(batch.preference.weights.unique(dim=0)))
+        return super().generate(policy, batch, n, sampling)
+
+
+def test_full_rank_rollouts_by_row_and_training_merged(base: Pretrained, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"data": {"batch_size": 1}, "trainer": {"accumulate_grad_batches": 2}}
+    _, expected = gradients(base, tmp_path, conditioner=Mixture(), **more)
+    more |= {"rollout_batches": 2, "engine": (engine := Counting())}
+    _, found = gradients(base, tmp_path, conditioner=Mixture(), **more)
+    assert 2 in engine.asked
+    for step in range(len(found)):
+        assert_same(found[step], expected[step])
 
 
 def test_rows_mixed_in_training_are_merged_batches_of_one(base: Pretrained, tmp_path: Path) -> None:
