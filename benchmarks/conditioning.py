@@ -84,7 +84,7 @@ class Work:
         weights = each.repeat_interleave(size.prompts // preferences, 0)
         alpha = torch.full((size.prompts,), 0.1)
         self.batch.preference = Preference(weights, alpha).to(self.machine.device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.machine.device == "cuda"):
+        with self.machine.autocast():
             start = now()
             rollout = TransformersEngine().generate(
                 self.policy, self.batch, size.samples, Sampling(size.new_tokens)

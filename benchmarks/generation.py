@@ -7,7 +7,8 @@ them on our side, and is merged on the other), and take turns. Ours computes eac
 returns the log-probability of every token besides. Both end with the decoded texts. `--engines`
 runs ours with other engines too; their first batch, with all compiling, is not in the medians.
 `--prompts` runs it with the prompts' keys and values stored once for all responses, and with a
-copy for each.
+copy for each. Every token of a batch takes all weights once; how fast ours reads them is told
+beside how fast memory can be read, which no decoding of a large model exceeds.
 """
 
 from __future__ import annotations
@@ -36,20 +37,40 @@ from clp_lightning import (
 )
 
 
-def sides(
-    size: Size, folder: Path, prompts: list[str], device: str, engines: list[str], both: bool
-) -> dict[str, Callable[[], int]]:
-    """What is compared, by name; each returns the number of tokens that it sampled."""
+def built(size: Size, folder: Path, device: str) -> Policy:
+    """Our side."""
     policy = Policy(str(folder), LoRA() if size.lora_rank else Mixture("full"))
     policy.build([f"r{i}" for i in range(size.num_rewards)])
-    policy.to(device)
+    return policy.to(device)
+
+
+def bytes_a_token(policy: Policy) -> int:
+    """Of the weights that a forward of one token reads: all but a table that only embeds."""
+    model = policy.model
+    table, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    unread = 0 if table is output else table.nbytes
+    return sum(weight.nbytes for weight in model.parameters()) - unread
+
+
+def sides(
+    policy: Policy,
+    size: Size,
+    folder: Path,
+    prompts: list[str],
+    machine: Machine,
+    engines: list[str],
+    both: bool,
+) -> dict[str, Callable[[], int]]:
+    """What is compared, by name; each returns the number of tokens that it sampled."""
+    device = machine.device
     one = Preference.single([1 / size.num_rewards] * size.num_rewards, 0.1)
     preference = Preference(one.weights.expand(size.prompts, -1), one.alpha.expand(size.prompts))
     batch = PromptBatch(prompts, torch.arange(size.prompts), preference=preference.to(device))
 
     def ours(engine: TransformersEngine, share: bool | None = None) -> int:
         policy.share_prompts = share
-        rollout = engine.generate(policy, batch, size.samples, Sampling(size.new_tokens))
+        with machine.autocast():
+            rollout = engine.generate(policy, batch, size.samples, Sampling(size.new_tokens))
         return int(rollout.response_mask.sum())
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
@@ -66,7 +87,8 @@ def sides(
 
     def theirs() -> int:
         inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(device)
-        sequences = model.generate(**inputs, generation_config=config)
+        with machine.autocast():
+            sequences = model.generate(**inputs, generation_config=config)
         response = sequences[:, inputs["input_ids"].shape[1] :]
         tokenizer.batch_decode(response, skip_special_tokens=True)
         return int(response.numel())
@@ -100,7 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     prompts = speed.prompt_rows(size, size.prompts)["prompt"][:]
     with tempfile.TemporaryDirectory() as scratch:
         folder = speed.save_model(Path(scratch), size)
-        each = sides(size, folder, prompts, machine.device, args.engines, args.prompts)
+        policy = built(size, folder, machine.device)
+        each = sides(policy, size, folder, prompts, machine, args.engines, args.prompts)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in each}
         for name in args.engines:
             print(f"first batch, {name}: {timed(each[name], size.tokens, machine)['step']:.1f} s")
@@ -112,6 +135,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name, rows in found.items():
         seconds = loops.median(rows, "step")
         print(f"{name:14}{1e3 * seconds:9.1f} ms{size.tokens / seconds:9.0f} tokens/s")
+    megabytes = bytes_a_token(policy) / 1e6
+    rate = megabytes * size.new_tokens / loops.median(found["ours"], "step") / 1e3
+    print(f"{megabytes:.0f} MB of weights a token: {rate:.1f} GB/s of {machine.read_rate():.1f}")
     for name in args.engines:
         print(f"ratio generate/{name}: {loops.ratio(found['generate'], found[name]):.2f}")
     if args.prompts:

@@ -51,9 +51,9 @@ def timed(policy: Policy, rollout: Rollout, machine: Machine) -> dict[str, float
     """Seconds of a pass and its gradient."""
     policy.zero_grad()
     start = machine.now()
-    with policy.conditioned(rollout.preference):
+    with machine.autocast(), policy.conditioned(rollout.preference):
         logp = policy.logprobs(rollout)
-        logp.masked_fill(~rollout.response_mask, 0).sum().backward()
+    logp.masked_fill(~rollout.response_mask, 0).sum().backward()
     return {"step": machine.now() - start}
 
 

@@ -82,7 +82,7 @@ JOBS: dict[str, tuple[list[str], list[Number]]] = {
         ],
     ),
     "step-10m-long": (
-        ["step.py", "--size", "10m", *LONG, "--engines", "compiled"],
+        ["step.py", "--size", "10m", *LONG, "--target", "5", "--engines", "compiled"],
         [rloo("prompt 128, 64 new tokens", 5), with_engine("compiled", 5)],
     ),
     "step-smollm2-lora": (
@@ -125,6 +125,7 @@ JOBS: dict[str, tuple[list[str], list[Number]]] = {
     ),
     "lengths": (["lengths.py", "--size", "10m", "--new-tokens", "64"], []),
     "stem": (["stem.py", "--size", "smollm2-lora", "--rounds", "4"], []),
+    "waiting": (["waiting.py", "--size", "10m"], []),
     "quickstart": (
         ["quickstart.py"],
         [Number("quickstart against before this work", r"ratio now/before: ([\d.]+)", 0.6)],

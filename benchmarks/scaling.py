@@ -4,9 +4,10 @@
 
 One size of a LoRA-CLP step on a small Llama is changed at a time; the changed step and the base
 take turns, and their ratio is what is shown, as a table and on a log-log plot. The growth between
-two points is the slope there: 1 is linear. Above 1.1 the phase that grew most is named. `processes`
-is a DDP training of its own with the same work in each process; its cost is seconds a step against
-one process: 1 is perfect, and where all share the same cores their number is to be expected.
+two points is the slope there: 1 is linear. Above 1.1 the phase that grew most is named, with what
+makes the work itself grow so. `processes` is a DDP training of its own with the same work in each
+process; its cost is seconds a step against one process: 1 is perfect, and where all share the same
+cores their number is to be expected.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ AXES: dict[str, list[int]] = {
     "new_tokens": [16, 32, 64, 128],
     "width": [128, 256, 512],
     "layers": [4, 8, 16],
+}
+# Why an axis may grow faster than its size.
+WHY = {
+    "prompt_tokens": "every token attends to all before it",
+    "new_tokens": "every token attends to all before it",
+    "width": "weights grow with the square of the width",
 }
 PROCESSES = [1, 2]
 SUPERLINEAR = 1.1
@@ -158,7 +165,9 @@ def show(axis: str, points: list[dict[str, Any]]) -> None:
         text += f"{slope(before, last):>8.2f}"
         if slope(before, last) > SUPERLINEAR and last["phases"]:
             grown = {p: s - before["phases"].get(p, 0.0) for p, s in last["phases"].items()}
-            text += f"  worse than linear, most in {max(grown, key=lambda p: grown[p])}"
+            phase = max(grown, key=lambda p: grown[p])
+            why = f": {WHY[axis]}" if axis in WHY else ""
+            text += f"  worse than linear, most in {phase}{why}"
     print(text, flush=True)
 
 

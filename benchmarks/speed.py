@@ -44,6 +44,7 @@ class Size:
         new_tokens: Length of every response.
         num_rewards: K.
         lora_rank: Train LoRA adapters of this rank; 0 trains the whole model.
+        target: How many of our steps TRL's RLOO should take the time of.
     """
 
     fields: dict[str, int]
@@ -53,6 +54,7 @@ class Size:
     new_tokens: int = 32
     num_rewards: int = 2
     lora_rank: int = 0
+    target: float = 0
 
     @property
     def seq2seq(self) -> bool:
@@ -94,8 +96,9 @@ T5_TINY = {
     "num_heads": 4,
 }
 SIZES = {
-    "10m": Size(llama(8192, 256, 688, 8, 4, 4)),
-    "smollm2-lora": Size(SMOLLM2, 4, 4, num_rewards=3, lora_rank=8),
+    "10m": Size(llama(8192, 256, 688, 8, 4, 4), target=4),
+    "smollm2-lora": Size(SMOLLM2, 4, 4, num_rewards=3, lora_rank=8, target=3),
+    "0.5b": Size(llama(49152, 1280, 3456, 24, 20, 4), 8, 4, 128, 128),  # for GPUs
     "t5-tiny": Size(T5_TINY, lora_rank=8),
     "tiny": Size(llama(64, 32, 64, 2, 4, 2), 2, 2, 4, 4),  # for the smoke test
 }
@@ -175,6 +178,20 @@ class Machine:
     def precision(self) -> Any:
         """Of both sides, as Lightning calls it, unless TRL's defaults are asked for."""
         return "bf16-mixed" if self.device == "cuda" else "32-true"
+
+    def autocast(self) -> torch.autocast:
+        """For work outside a trainer: what ``precision`` stands for."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+
+    def read_rate(self, gigabytes: float = 1.0) -> float:
+        """GB/s at which memory is read, by the best of some sums over so much of it."""
+        numbers = torch.ones(int(gigabytes * 2**28), device=self.device)
+        took = []
+        for _ in range(5):
+            start = self.now()
+            numbers.sum()
+            took.append(self.now() - start)
+        return 4e-9 * len(numbers) / min(took)
 
     def now(self) -> float:
         """Seconds, when all that was asked for is done."""

@@ -1,6 +1,6 @@
 """Our step beside TRL's: RLOO in our precision, RLOO with its defaults, and GRPO.
 
-    python benchmarks/step.py [--size 10m] [--target 4] [--rounds 10] [--device cpu]
+    python benchmarks/step.py [--size 10m] [--target RATIO] [--rounds 10] [--device cpu]
 
 All take turns in one process, each in its own trainer's own loop (``Loop`` in loops.py): TRL's
 ``train()`` and Lightning's ``fit()``, so that everything a user pays for counts on both sides. Same
@@ -14,7 +14,8 @@ the same number of tokens, or the script stops. Sizes:
 - t5-tiny: our step with and without conditioning only: TRL does not train encoder-decoder models.
 
 `plain` is our step without conditioning: all weights and a second model as the reference, or one
-LoRA adapter and one reward that is the sum of all. The target is for RLOO in our precision.
+LoRA adapter and one reward that is the sum of all. The target is for RLOO in our precision, and
+the size's own where none is given.
 `--engines` runs `clp` with other rollouts too; their first step, with all compiling, is not in the
 medians.
 """
@@ -204,7 +205,9 @@ def show(sides: list[Loop], found: dict[str, list[dict[str, float]]], size: Size
 def main(arguments: list[str] | None = None) -> int:
     """Runs and compares them."""
     parser = speed.parser(__doc__)
-    parser.add_argument("--target", type=float, help="exit with 1 where the ratio is below it")
+    parser.add_argument(
+        "--target", type=float, help="exit with 1 where the ratio to RLOO is below it"
+    )
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
     speed.add_engines(parser)
     args = parser.parse_args(arguments)
@@ -233,7 +236,8 @@ def main(arguments: list[str] | None = None) -> int:
     ratios = {name: loops.ratio(found[name], found["clp"]) for name in rivals}
     shown = ", ".join(f"{value:.2f} ({name})" for name, value in ratios.items())
     print(f"ratio TRL/ours: {shown or 'none, TRL does not run here'}")
-    return int(args.target is not None and not ratios.get("rloo", 0.0) >= args.target)
+    target = size.target if args.target is None else args.target
+    return int("rloo" in ratios and ratios["rloo"] < target)
 
 
 if __name__ == "__main__":

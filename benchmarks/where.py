@@ -29,6 +29,7 @@ from clp_lightning import (
     Policy,
     Preference,
     PromptBatch,
+    Rollout,
     Sampling,
     TransformersEngine,
 )
@@ -47,32 +48,38 @@ def kind_of(operation: str) -> str:
     return next(found, "elementwise and other")
 
 
-def passes(size: Size, folder: Path, device: str) -> dict[str, Callable[[], None]]:
+def passes(size: Size, folder: Path, machine: Machine) -> dict[str, Callable[[], None]]:
     """The parts of a step, by name."""
     conditioner = (
         LoRA(size.lora_rank, shared_rank=size.lora_rank) if size.lora_rank else Mixture("full")
     )
     policy = Policy(str(folder), conditioner)
     policy.build([f"r{i}" for i in range(size.num_rewards)])
-    policy.to(device)
+    policy.to(machine.device)
     prompts = speed.prompt_rows(size, size.prompts)["prompt"][:]
     weights = torch.full((size.prompts, size.num_rewards), 1 / size.num_rewards)
-    preference = Preference(weights, torch.full((size.prompts,), 0.1)).to(device)
+    preference = Preference(weights, torch.full((size.prompts,), 0.1)).to(machine.device)
     batch = PromptBatch(prompts, torch.arange(size.prompts), preference=preference)
     engine, sampling = TransformersEngine(), Sampling(size.new_tokens)
-    rollout = engine.generate(policy, batch, size.samples, sampling)
+
+    def sample() -> Rollout:
+        with machine.autocast():
+            return engine.generate(policy, batch, size.samples, sampling)
+
+    rollout = sample()
 
     def reference() -> None:
-        with policy.reference():
+        with machine.autocast(), policy.reference():
             policy.logprobs(rollout)
 
     def train() -> None:
         policy.zero_grad()
-        with policy.conditioned(rollout.preference):
-            policy.logprobs(rollout).sum().backward()
+        with machine.autocast(), policy.conditioned(rollout.preference):
+            logp = policy.logprobs(rollout)
+        logp.sum().backward()
 
     return {
-        "rollout": lambda: engine.generate(policy, batch, size.samples, sampling) and None,
+        "rollout": lambda: sample() and None,
         "reference": reference,
         "policy and backward": train,
     }
@@ -102,7 +109,8 @@ def large_product(machine: Machine, rounds: int = 5) -> float:
     took = []
     for _ in range(rounds):
         start = machine.now()
-        factor @ factor
+        with machine.autocast():
+            factor @ factor
         took.append(machine.now() - start)
     return 2e-9 * size**3 / min(took)
 
@@ -137,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"a large product: {peak:.0f} GFLOP/s")
     with tempfile.TemporaryDirectory() as scratch:
         folder = speed.save_model(Path(scratch), size)
-        for name, run in passes(size, folder, machine.device).items():
+        for name, run in passes(size, folder, machine).items():
             found = shares(run, args.rounds, machine.device)
             total = sum(share.milliseconds for share in found.values())
             print(f"{name}: {total:.0f} ms of {machine.device} time")
