@@ -272,8 +272,8 @@ class Policy(nn.Module):
         if rollout.reference_input_ids is not None:
             assert rollout.reference_prompt_mask is not None
             ids, mask = rollout.reference_input_ids, rollout.reference_prompt_mask
-        # The reference reads a prompt once, whatever the preferences.
-        return ids, mask, groups_alike(ids, mask)
+        # The reference reads a prompt once, whatever the preferences; on meta there is no token.
+        return ids, mask, groups if ids.is_meta else groups_alike(ids, mask)
 
     def _score(self, rollout: Rollout, of_logits: OfLogits, cut: bool = True) -> Tensor:
         if not len(rollout):  # the other devices gather the weights, forwards and backwards
