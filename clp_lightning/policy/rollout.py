@@ -49,13 +49,25 @@ class Engine(Described, ABC):
             B = P * n rows; the responses of a prompt stand side by side.
         """
 
+    @torch.no_grad()
     def logprobs(self, policy: Policy, rollout: Rollout) -> Tensor:
         """Log-probabilities of given responses under what this engine samples from.
 
         Returns:
             Shape (B, T), without gradient, tempered and not truncated.
         """
-        with torch.no_grad(), policy.conditioned(rollout.preference):
+        together = _answerable_together(policy, rollout.preference)
+        if len(together) == 1:
+            return self._score(policy, rollout)
+        scored = [self._score(policy, rollout.select(rows)) for rows in together]
+        logp = scored[0].new_zeros(rollout.response_ids.shape)
+        for rows, part in zip(together, scored, strict=True):
+            logp[rows] = part
+        return logp
+
+    def _score(self, policy: Policy, rollout: Rollout) -> Tensor:
+        """The same of responses that one forward can answer for."""
+        with policy.conditioned(rollout.preference):
             return policy.logprobs(rollout)
 
     def forwards(self, policy: Policy, num_rewards: int) -> int:
@@ -112,11 +124,10 @@ class TransformersEngine(Engine):
         voices, _ = self.voices(policy, anything.to(policy.model.device))
         return len(voices)
 
-    @torch.no_grad()
-    def logprobs(self, policy: Policy, rollout: Rollout) -> Tensor:
+    def _score(self, policy: Policy, rollout: Rollout) -> Tensor:
         voices, share = self.voices(policy, rollout.preference)
         if share is None:
-            return super().logprobs(policy, rollout)
+            return super()._score(policy, rollout)
         mixed = torch.zeros(())
         for i, exponent in enumerate(share.unbind(1)):
             with policy.conditioned(voices[i :: share.shape[1]]):

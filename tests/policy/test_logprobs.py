@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from clp_lightning import Policy, Pretrained, Rollout, Sampling, TransformersEngine
+from clp_lightning import (
+    MOD,
+    Mixture,
+    Policy,
+    Pretrained,
+    Rollout,
+    Sampling,
+    TransformersEngine,
+)
 from clp_lightning.policy import policy as policy_module
 from clp_lightning.policy import scoring
 from tests.helpers import PROMPTS, build_policy, prompt_batch
@@ -222,3 +230,18 @@ def test_in_half_precision_the_untrained_policy_is_the_reference(
         logp = TransformersEngine().logprobs(policy, rollout)
         with policy.reference():
             assert torch.equal(policy.logprobs(rollout), logp)
+
+
+@pytest.mark.parametrize("engine", [TransformersEngine(), MOD()])
+def test_an_engine_tells_of_preferences_that_cannot_be_mixed(
+    tiny_folder: Callable[..., Path], engine: TransformersEngine
+) -> None:
+    """As a front in half precision asks, where log-probabilities are left to scoring."""
+    found = []
+    for mixing in ("row", "merge"):
+        policy = build_policy(tiny_folder(), Mixture(mixing=mixing), perturb=0.05)
+        rollout = engine.generate(policy, prompt_batch(PROMPTS), 2, Sampling(6))
+        found.append(engine.logprobs(policy, rollout)[rollout.response_mask])
+        assert rollout.logp is not None
+        torch.testing.assert_close(found[-1], rollout.logp[rollout.response_mask].to(found[-1]))
+    torch.testing.assert_close(*found)

@@ -64,9 +64,9 @@ def asked(policy: Policy) -> Preference:
     return Preference(weights, torch.full((3,), 0.2))
 
 
-def sampled(policy: Policy) -> Rollout:
+def sampled(policy: Policy, n: int = 3) -> Rollout:
     batch = prompt_batch(PROMPTS, asked(policy))
-    return TransformersEngine().generate(policy, batch, 3, Sampling(9))
+    return TransformersEngine().generate(policy, batch, n, Sampling(9))
 
 
 def read(policy: Policy, rollout: Rollout) -> list[Tensor]:
@@ -132,23 +132,19 @@ def test_passes_that_begin_behind_the_stem_are_the_whole_ones(
 
 
 def test_one_response_to_each_prompt(tiny_folder: Callable[..., Path]) -> None:
-    """Nothing is shared among responses, but what was made of them is at hand."""
     policy = policy_of(tiny_folder("llama"), CONDITIONERS["lora"][0])
     policy.share_prompts = None
-    batch = prompt_batch(PROMPTS, asked(policy))
-    rollout = TransformersEngine().generate(policy, batch, 1, Sampling(9))
+    rollout = sampled(policy, 1)
     seen = calls(policy)
     found = read(policy, rollout)
     assert not seen
     policy.share_stem = False
     assert_same(found, read(policy, rollout))
-    assert seen
 
 
 @pytest.mark.parametrize("vocabulary", [2, 6])
 def test_a_vocabulary_of_few_tokens(tiny_folder: Callable[..., Path], vocabulary: int) -> None:
-    folder = tiny_folder("llama", initializer_range=0.2)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))
     model.resize_token_embeddings(vocabulary)
     conditioner = LoRA(rank=2, targets=LAST, shared_rank=0)
     conditioner.attach_once(model, NAMES, 0)
