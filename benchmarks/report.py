@@ -3,7 +3,7 @@
     python benchmarks/report.py [--only step-10m conditioning ...] [--write]
 
 Outputs are kept in build/benchmarks; `--only` runs some again and takes the others from there,
-`--write` alone runs none.
+`--write` alone runs none. Numbers from another machine, of outputs in elsewhere/, stand beside.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from clp_lightning.tables import markdown_table
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "build" / "benchmarks"
+ELSEWHERE = HERE / "elsewhere"
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,20 @@ class Number:
     target: float
     at_least: bool = False
 
+    def find(self, output: str) -> str | None:
+        """As the output has it."""
+        found = re.search(self.pattern, output, re.MULTILINE)
+        return None if found is None else found[1]
+
     def row(self, output: str) -> list[str]:
         """What, target, measured, whether it is met."""
-        found = re.search(self.pattern, output, re.MULTILINE)
+        found = self.find(output)
         sign = ">=" if self.at_least else "<="
         if found is None:
             return [self.what, f"{sign} {self.target:g}", "not measured", "-"]
-        value = float(found[1])
+        value = float(found)
         met = value >= self.target if self.at_least else value <= self.target
-        return [self.what, f"{sign} {self.target:g}", found[1], "yes" if met else "**no**"]
+        return [self.what, f"{sign} {self.target:g}", found, "yes" if met else "**no**"]
 
 
 def rloo(what: str, target: float, against: str = "rloo") -> Number:
@@ -156,12 +162,17 @@ def run(name: str) -> None:
 
 def write() -> None:
     """README.md from the kept outputs."""
-    outputs = {name: path.read_text() for name in JOBS if (path := OUT / f"{name}.txt").exists()}
+    outputs, others = _kept(OUT), _kept(ELSEWHERE)
     rows = [
-        [*number.row(outputs.get(name, "")), f"`{' '.join(_shown(command))}`"]
+        [
+            *number.row(outputs.get(name, "")),
+            number.find(others.get(name, "")) or "-",
+            f"`{' '.join(_shown(command))}`",
+        ]
         for name, (command, numbers) in JOBS.items()
         for number in numbers
     ]
+    (there,) = {text.splitlines()[0] for text in others.values()}
     sections = {
         f"out_{name.replace('-', '_')}": f"```\n{outputs.get(name, 'not run').strip()}\n```"
         for name in JOBS
@@ -171,12 +182,16 @@ def write() -> None:
     text = string.Template((HERE / "README.template.md").read_text()).substitute(
         sections,
         scaling_plot=plot if (HERE / "scaling.png").exists() else "",
-        targets=markdown_table(["what", "target", "measured", "met", "command"], rows),
+        targets=markdown_table(["what", "target", "measured", "met", there, "command"], rows),
         versions=", ".join(f"{name} {version(name)}" for name in libraries),
         date=_dates(),
     )
     (HERE / "README.md").write_text(text)
     print(f"report: {HERE / 'README.md'}")
+
+
+def _kept(folder: Path) -> dict[str, str]:
+    return {name: path.read_text() for name in JOBS if (path := folder / f"{name}.txt").exists()}
 
 
 def _dates() -> str:
