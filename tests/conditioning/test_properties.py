@@ -223,6 +223,27 @@ def test_checkpointing_merges_once(
     assert isinstance(layer.weight, torch.nn.Parameter)  # the base is back
 
 
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def test_a_fixed_preference_is_merged_once(tiny_folder: Callable[..., Path]) -> None:
+    """For all tokens and rows of a rollout, and for both passes over what it sampled."""
+    policy = build_policy(tiny_folder("llama"), Mixture("full"), perturb=0.02)
+    policy.share_prompts = True
+    weights = torch.tensor([[0.3, 0.7]]).expand(len(PROMPTS), -1)
+    batch = prompt_batch(PROMPTS, Preference(weights, torch.full((len(PROMPTS),), 0.2)))
+    seen: list[Tensor] = []  # which keeps them, so that none is made anew at an old place
+    layer = policy.model.model.layers[0].mlp.up_proj
+    layer.register_forward_pre_hook(lambda module, _: seen.append(module.weight))
+    rollout = TransformersEngine().generate(policy, batch, 2, Sampling(8))
+    assert len(seen) > 2 and all(weight is seen[0] for weight in seen)
+    seen.clear()
+    with policy.conditioned(rollout.preference):
+        policy.logprobs(rollout)
+    assert len(seen) > 1 and all(weight is seen[0] for weight in seen)
+    torch.testing.assert_close(seen[0], policy.conditioner.fold(batch.preference[:1])[UP])
+
+
 @pytest.mark.parametrize(
     ("kind", "endings"),
     [
