@@ -203,7 +203,8 @@ class Rollout:
         truncated: True where the response was cut at the limit, shape (B,).
         columns: Every other column of the data, lists of length B.
         logp: The sampler's own log-probabilities, shape (B, T); None where they are left to
-            scoring, because in half precision it rounds otherwise.
+            scoring, because in half precision it rounds otherwise (of the policy's own
+            distribution only).
         reference_input_ids: The plain prompt where the policy's was rewritten (prompt-CLP).
         reference_prompt_mask: Its mask.
         predicted: What a critic expects of the K rewards and the KL, shape (B, K + 1), or None.

@@ -7,8 +7,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-__all__ = ["weights_cast"]
+__all__ = ["in_half_precision", "weights_cast"]
+
+
+def in_half_precision(model: PreTrainedModel) -> bool:
+    """Whether a forward rounds so much, here and now, that another way to the same shows."""
+    return model.dtype.itemsize < 4 or torch.is_autocast_enabled(model.device.type)
 
 
 @contextmanager

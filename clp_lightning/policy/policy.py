@@ -18,6 +18,7 @@ from ..conditioning.sharded import ADOPTED
 from ..functional.logprobs import log_distribution, token_logprobs
 from ..pretrained import Pretrained
 from ..types import Preference, Prompt, Rollout
+from .casting import in_half_precision
 from .encoding import Encoding, pad
 from .lengths import Bundle, bundles, whole
 from .linear import speed_up_linears
@@ -241,8 +242,7 @@ class Policy(nn.Module):
         Large: 4 bytes x B x T x V, several times over in training.
         """
         if not len(rollout) and not self.is_sharded:
-            shape = (*rollout.response_ids.shape, 1)  # of no row
-            return torch.zeros(shape, device=rollout.response_ids.device)
+            return torch.zeros(*rollout.response_ids.shape, 1, device=rollout.response_ids.device)
         # In one piece: to put (B, T, V) back in order would take as much memory again, twice.
         return self._score(rollout, lambda z, ids: log_distribution(z, self.temperature), cut=False)
 
@@ -285,7 +285,9 @@ class Policy(nn.Module):
         given = Given(self.stem if rollout.stem else None, rollout, ids, mask)
         share = self.share_prompts
         if share is None:
-            share = bool(given) or worth_sharing(self._num_weights, ids, groups)
+            # Rounding shows in half precision: there the reference goes the policy's way.
+            shared = rollout.groups if in_half_precision(self.model) else groups
+            share = given.pays or worth_sharing(self._num_weights, ids, shared)
         share &= not recomputes
         score = partial(score_shared, given=given) if share else score_full
         parts = self._bundles(rollout, mask, share, cut and self.cut_by_length)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..described import Described, check_choice
 from ..keyed import uniforms
 from ..types import Preference, PromptBatch, Rollout
+from .casting import in_half_precision
 from .policy import Policy
 from .sampling import Sampling, sample_tokens
 from .stem import Recording
@@ -217,11 +218,10 @@ class TransformersEngine(Engine):
 
     def _scoring_tells(self, policy: Policy, sampling: Sampling) -> bool:
         """Whether log-probabilities are left to scoring, because decoding rounds otherwise."""
-        model, whole = policy.model, sampling.top_p == 1 and not sampling.top_k
-        half = model.dtype.itemsize < 4 or torch.is_autocast_enabled(model.device.type)
+        whole = sampling.top_p == 1 and not sampling.top_k
         # Of another distribution scoring knows nothing.
         alike = whole and sampling.temperature == policy.temperature
-        return self.precision is not None or (half and alike)
+        return self.precision is not None or (alike and in_half_precision(policy.model))
 
     def _steps(self, policy: Policy, sampling: Sampling) -> Steps:
         dtype = None if self.precision is None else torch.bfloat16
@@ -305,9 +305,11 @@ def _answerable_together(policy: Policy, preference: Preference) -> list[Tensor]
     device = policy.model.device
     if mixes_rows(policy):
         return [torch.arange(len(preference), device=device)]
-    both = torch.cat([preference.weights, preference.alpha.unsqueeze(-1)], -1)
-    which = both.unique(dim=0, return_inverse=True)[1].to(device)
-    groups = [(which == i).nonzero().squeeze(-1) for i in range(int(which.max()) + 1)]
+    groups = [torch.arange(0, device=device)]
+    if len(preference):
+        both = torch.cat([preference.weights, preference.alpha.unsqueeze(-1)], -1)
+        which = both.unique(dim=0, return_inverse=True)[1].to(device)
+        groups = [(which == i).nonzero().squeeze(-1) for i in range(int(which.max()) + 1)]
     # Equally many wherever the weights are shared: what comes twice is the same twice.
     return groups + groups[:1] * (policy.most(len(groups)) - len(groups))
 

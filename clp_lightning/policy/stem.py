@@ -24,6 +24,8 @@ __all__ = ["Given", "Recording", "Stem", "worth_keeping"]
 
 # Numbers that a rollout may carry; more memory than this is worth more than the time.
 _MOST_NUMBERS = 2**27
+# Of all blocks, the share from which on prompts and responses are read apart for the stem's sake.
+_WORTH_TWO_PARTS = 0.25
 
 
 class Stem:
@@ -37,12 +39,13 @@ class Stem:
         number: How many of its blocks; at least 1.
 
     Attributes:
+        share: Of all blocks.
         key: Stands with all states that are this stem's.
     """
 
     def __init__(self, model: PreTrainedModel, number: int) -> None:
         stack = list(blocks(model))
-        self._model, self._blocks, self._share = model, stack[:number], number / len(stack)
+        self._model, self._blocks, self.share = model, stack[:number], number / len(stack)
         self.key = object()
 
     @classmethod
@@ -79,7 +82,7 @@ class Stem:
         prompt, more = ids[:6].view(2, 3), ids[6:].view(2, 2)
         mask = torch.arange(6, device=model.device).view(2, 3) > 0  # one begins a place later
         cache = DynamicCache(config=model.config)
-        if not is_plain(cache) or len(cache.layers) * self._share != len(self):
+        if not is_plain(cache) or len(cache.layers) * self.share != len(self):
             return False
         with self._seen(seen.append):
             prefix = read_prompt(model, prompt, mask)
@@ -132,7 +135,7 @@ class Stem:
         which = groups_alike(input_ids, mask)
         first = first_of_group(which)
         seen: list[Tensor] = []
-        if 2 * len(first) <= self._share * len(mask):  # the first are read in whole, once more
+        if 2 * len(first) <= self.share * len(mask):  # the first are read in whole, once more
             with rows(first), self._seen(seen.append):
                 begun = read_prompt(model, input_ids[first], mask[first])
         with rows(every), self.given(seen[0][which]) if seen else nullcontext():
@@ -253,8 +256,10 @@ class Given:
         known &= _alike(responses, rollout.response_ids, rollout.response_mask)
         self._stem = stem if known else None
 
-    def __bool__(self) -> bool:
-        return self._stem is not None
+    @property
+    def pays(self) -> bool:
+        """Whether it spares more than a pass in two parts costs."""
+        return self._stem is not None and self._stem.share >= _WORTH_TWO_PARTS
 
     def prompts(self, rows: Tensor, length: int) -> AbstractContextManager[None]:
         """Opened around a forward of the prompts of ``rows``, padded on the left to ``length``."""

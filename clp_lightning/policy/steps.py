@@ -136,11 +136,17 @@ def compile_forward(backend: str = "inductor") -> Callable[..., Tensor]:
         run, fullgraph=True, backend=backend, isolate_recompiles=True, recompile_limit=_PROGRAMS
     )
 
+    without: set[tuple[torch.Size, ...]] = set()  # sizes; to ask again at every token is slow
+
     def program(model: PreTrainedModel, **inputs: Any) -> Tensor:
+        size = tuple(value.shape for value in inputs.values() if isinstance(value, Tensor))
+        if size in without:
+            return run(model, **inputs)
         try:
             logits: Tensor = compiled(model, **inputs)
             return logits
         except FailOnRecompileLimitHit:
+            without.add(size)
             _warn_of_too_many()
             return run(model, **inputs)
         except TorchDynamoException as error:

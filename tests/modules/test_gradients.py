@@ -96,7 +96,7 @@ def test_full_rank_rollouts_by_row_and_training_merged(base: Pretrained, tmp_pat
     _, expected = gradients(base, tmp_path, conditioner=Mixture(), **more)
     more |= {"rollout_batches": 2, "engine": (engine := Counting())}
     _, found = gradients(base, tmp_path, conditioner=Mixture(), **more)
-    assert 2 in engine.asked
+    assert 2 in engine.asked and len(found) == len(expected)
     for step in range(len(found)):
         assert_same(found[step], expected[step])
 

@@ -163,8 +163,13 @@ def test_more_sizes_than_there_may_be_programs(
             plain = TransformersEngine().generate(policy, prompt_batch(PROMPTS), n, Sampling(6))
             assert_same(got, plain)
 
+    asked: list[int] = []
+    limit = torch._dynamo.exc.FailOnRecompileLimitHit
+    raised = limit.__init__
+    monkeypatch.setattr(limit, "__init__", lambda *a: asked.append(1) or raised(*a))
     with pytest.warns(UserWarning, match="compiled for 2 sizes; others are computed without"):
         all_sizes()
+    assert 0 < len(asked) <= 8  # of 4 sizes, and not at every token
 
 
 def test_rows_that_ended_are_left_out_by_halves() -> None:

@@ -217,15 +217,18 @@ def test_the_reference_reads_every_prompt_whatever_its_number(
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_in_half_precision_the_untrained_policy_is_the_reference(
-    tiny_folder: Callable[..., Path], autocast: bool
+    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, autocast: bool, n: int
 ) -> None:
     """What is told of a token by decoding is rounded otherwise, so it is left out."""
+    monkeypatch.setattr(scoring, "_WORTH_SHARING", 1)  # as of a model that is not tiny
     dtype = "float32" if autocast else "bfloat16"
-    policy = build_policy(Pretrained(str(tiny_folder()), dtype=dtype))
+    policy = build_policy(Pretrained(str(tiny_folder(initializer_range=0.3)), dtype=dtype))
+    batch = prompt_batch([prompt for prompt in PROMPTS for _ in range(3)])  # under 3 preferences
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        rollout = TransformersEngine().generate(policy, prompt_batch(PROMPTS), 2, Sampling(9))
+        rollout = TransformersEngine().generate(policy, batch, n, Sampling(9))
         assert rollout.logp is None
         logp = TransformersEngine().logprobs(policy, rollout)
         with policy.reference():
@@ -236,7 +239,6 @@ def test_in_half_precision_the_untrained_policy_is_the_reference(
 def test_an_engine_tells_of_preferences_that_cannot_be_mixed(
     tiny_folder: Callable[..., Path], engine: TransformersEngine
 ) -> None:
-    """As a front in half precision asks, where log-probabilities are left to scoring."""
     found = []
     for mixing in ("row", "merge"):
         policy = build_policy(tiny_folder(), Mixture(mixing=mixing), perturb=0.05)
@@ -244,4 +246,5 @@ def test_an_engine_tells_of_preferences_that_cannot_be_mixed(
         found.append(engine.logprobs(policy, rollout)[rollout.response_mask])
         assert rollout.logp is not None
         torch.testing.assert_close(found[-1], rollout.logp[rollout.response_mask].to(found[-1]))
+        assert not len(engine.logprobs(policy, rollout.select(torch.tensor([], dtype=torch.long))))
     torch.testing.assert_close(*found)
