@@ -14,7 +14,8 @@ __all__ = ["in_half_precision", "weights_cast"]
 
 def in_half_precision(model: PreTrainedModel) -> bool:
     """Whether a forward rounds so much, here and now, that another way to the same shows."""
-    return model.dtype.itemsize < 4 or torch.is_autocast_enabled(model.device.type)
+    device = model.device.type  # of "meta" torch knows no autocast
+    return model.dtype.itemsize < 4 or (device != "meta" and torch.is_autocast_enabled(device))
 
 
 @contextmanager
