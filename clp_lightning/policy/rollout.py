@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -19,7 +17,7 @@ from .casting import in_half_precision
 from .policy import Policy
 from .sampling import Sampling, sample_tokens
 from .stem import Recording
-from .steps import CompiledSteps, Steps, compile_forward
+from .steps import CompiledSteps, Steps, compile_forward, warn_once
 from .voices import Voices, mixes_rows
 
 __all__ = ["Engine", "TransformersEngine"]
@@ -332,15 +330,10 @@ def _check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
             f"model has {limit}: {advice}."
         )
     if "rotary_emb" in modules:
-        _warn_once(
+        warn_once(
             f"Prompts and responses are longer than the {limit} positions that this model was "
             f"made for (max_position_embeddings), where it may well be useless: {advice}."
         )
-
-
-@cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
 
 
 def _texts(policy: Policy, response_ids: Tensor, mask: Tensor) -> list[str]:

@@ -18,7 +18,7 @@ from .casting import weights_cast
 from .policy import Policy
 from .prefix import Prefix, extend, run
 
-__all__ = ["CompiledSteps", "Steps"]
+__all__ = ["CompiledSteps", "Steps", "warn_once"]
 
 # Finished responses are computed along until only this share of the rows is left.
 _FEWER = 0.75
@@ -147,7 +147,10 @@ def compile_forward(backend: str = "inductor") -> Callable[..., Tensor]:
             return logits
         except FailOnRecompileLimitHit:
             without.add(size)
-            _warn_of_too_many()
+            warn_once(
+                f"Decoding has been compiled for {_PROGRAMS} sizes; others are computed without. "
+                "Fewer batch sizes and prompt lengths need fewer programs."
+            )
             return run(model, **inputs)
         except TorchDynamoException as error:
             raise RuntimeError(
@@ -159,9 +162,6 @@ def compile_forward(backend: str = "inductor") -> Callable[..., Tensor]:
 
 
 @cache
-def _warn_of_too_many() -> None:
-    warnings.warn(
-        f"Decoding has been compiled for {_PROGRAMS} sizes; others are computed without. Fewer "
-        "batch sizes and prompt lengths need fewer programs.",
-        stacklevel=2,
-    )
+def warn_once(message: str) -> None:
+    """A warning that is not given again, whoever asks."""
+    warnings.warn(message, stacklevel=4)

@@ -152,7 +152,7 @@ def test_more_sizes_than_there_may_be_programs(
     tiny_folder: Callable[..., Path], compiled: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(steps_module, "_PROGRAMS", 2)
-    steps_module._warn_of_too_many.cache_clear()
+    steps_module.warn_once.cache_clear()
     policy = build_policy(tiny_folder("llama"), Mixture("full"), perturb=0.05)
     policy.stop_ids = ()
     engine = compiled()
