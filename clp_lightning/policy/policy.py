@@ -30,8 +30,8 @@ from .stem import Given, Stem
 
 __all__ = ["Policy"]
 
-# Logits of a scoring pass; more are computed a piece at a time, of so many.
-_MANY_LOGITS, _PIECE = 2**26, 2**23
+# Logits of a scoring pass; from so many on they are computed a piece at a time, of so many.
+_MANY_LOGITS, _PIECE = 20_000_000, 2**23
 
 
 class Policy(nn.Module):
