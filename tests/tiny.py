@@ -16,11 +16,15 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -91,11 +95,31 @@ _KINDS: dict[str, tuple[type[PreTrainedModel], type[PreTrainedConfig], dict[str,
         T5Config,
         _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ),
+    "lfm2": (
+        Lfm2ForCausalLM,
+        Lfm2Config,
+        {name: value for name, value in _LLAMA.items() if name != "head_dim"}
+        | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+    ),
+    "qwen3_5": (
+        Qwen3_5ForCausalLM,
+        Qwen3_5TextConfig,
+        _LLAMA
+        | {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+    ),
 }
-KINDS = list(_KINDS)
-"""Names that ``tiny_model`` and ``tiny_folder`` take."""
 DECODERS = ["llama", "qwen3", "gemma3", "gpt2"]
 ENCODER_DECODERS = ["t5", "t5_v1_1"]
+KINDS = [*DECODERS, *ENCODER_DECODERS]
+"""Names that ``tiny_model`` and ``tiny_folder`` take, and these:"""
+RECURRENT = ["lfm2", "qwen3_5"]
+"""Some of their layers keep a state that every token overwrites."""
 
 
 def tiny_tokenizer(*, chat: bool = False, pad: bool = True) -> PreTrainedTokenizerFast:

@@ -7,10 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
 
-__all__ = ["fix_length", "grow_in_place", "is_plain", "make_full", "shallow_copy"]
+__all__ = [
+    "fix_length",
+    "grow_in_place",
+    "is_plain",
+    "is_recurrent",
+    "make_full",
+    "select_rows",
+    "shallow_copy",
+]
 
 _ROOM = 32  # tokens; so often is a layer copied, and so much memory may stand idle in every row
 
@@ -18,6 +26,23 @@ _ROOM = 32  # tokens; so often is a layer copied, and so much memory may stand i
 def is_plain(cache: Cache) -> bool:
     """Whether every layer keeps the keys and values of all tokens, and nothing else."""
     return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether some layer keeps a state that every token overwrites: a convolution, a recurrence."""
+    return not model.config.is_encoder_decoder and _has_states(DynamicCache(config=model.config))
+
+
+def _has_states(cache: Cache) -> bool:
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in _own(cache).layers)
+
+
+def select_rows(cache: Cache, rows: Tensor) -> None:
+    """Goes on with ``rows``, which may repeat."""
+    if _has_states(cache):
+        cache.reorder_cache(rows)  # type: ignore[arg-type]
+    else:
+        cache.batch_select_indices(rows)
 
 
 def grow_in_place(cache: Cache) -> None:
@@ -82,26 +107,27 @@ class _Roomy(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        if not self._whole or end > self._whole[0].shape[-2]:
-            assert self.keys is not None and self.values is not None, "a prompt was read"
-            self._whole = [_with_room(x, end + _ROOM) for x in (self.keys, self.values)]
-        self.keys, self.values = (whole[..., :end, :] for whole in self._whole)
-        self.keys[..., start:, :] = key_states
-        self.values[..., start:, :] = value_states
+        self.make_full(key_states.shape[-2])
+        assert self.keys is not None and self.values is not None
+        self.keys[..., -key_states.shape[-2] :, :] = key_states
+        self.values[..., -key_states.shape[-2] :, :] = value_states
         return self.keys, self.values
 
     def make_full(self, tokens: int) -> None:
+        """Goes behind ``tokens`` more, which are still to be written."""
         assert self.keys is not None and self.values is not None, "a prompt was read"
         end = self.get_seq_length() + tokens
-        self._whole = [_with_room(x, end + _ROOM) for x in (self.keys, self.values)]
+        if not self._whole or end > self._whole[0].shape[-2]:
+            self._whole = [_with_room(x, end + _ROOM) for x in (self.keys, self.values)]
         self.keys, self.values = (whole[..., :end, :] for whole in self._whole)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         assert self.keys is not None and self.values is not None, "a prompt was read"
         self.keys, self.values = self.keys[indices], self.values[indices]
         self._whole = []
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
 
 
 class _Fixed(StaticLayer):

@@ -18,6 +18,7 @@ from ..conditioning.sharded import ADOPTED
 from ..functional.logprobs import log_distribution, token_logprobs
 from ..pretrained import Pretrained
 from ..types import Preference, Prompt, Rollout
+from .cache import is_recurrent
 from .casting import in_half_precision
 from .encoding import Encoding, pad
 from .lengths import Bundle, bundles, whole
@@ -224,8 +225,7 @@ class Policy(nn.Module):
     @property
     def pad_id(self) -> int:
         """What stands where no token is; masks, never this id, say where that is."""
-        pad_id = self.tokenizer.pad_token_id
-        return 0 if pad_id is None else int(pad_id)
+        return int(self.tokenizer.pad_token_id or 0)
 
     def logprobs(self, rollout: Rollout) -> Tensor:
         """Log-probabilities of the responses, shape (B, T), inside one of the scopes.
@@ -281,14 +281,15 @@ class Policy(nn.Module):
             with self.answering(rollout.preference):
                 return self._score(rollout, of_logits)[:0]
         ids, mask, groups = self._prompts_read(rollout)
-        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        in_whole = self.gradient_checkpointing and self.training
+        recomputes = in_whole and torch.is_grad_enabled()
         given = Given(self.stem if rollout.stem else None, rollout, ids, mask)
-        share = self.share_prompts
-        if share is None:
-            # Rounding shows in half precision: there the reference goes the policy's way.
-            shared = rollout.groups if in_half_precision(self.model) else groups
+        # Rounding shows in half precision: there the reference goes the policy's way.
+        half = in_half_precision(self.model)
+        if (share := self.share_prompts) is None:
+            shared = rollout.groups if half else groups
             share = given.pays or worth_sharing(self._num_weights, ids, shared)
-        share &= not recomputes
+        share &= not ((in_whole if half else recomputes) or is_recurrent(self.model))
         score = partial(score_shared, given=given) if share else score_full
         parts = self._bundles(rollout, mask, share, cut and self.cut_by_length)
         readout = self._readout(rollout, of_logits)
@@ -308,10 +309,9 @@ class Policy(nn.Module):
         return bundles(self._num_weights, *masks, prompts_apart=apart, together=together)
 
     def _readout(self, rollout: Rollout, of_logits: OfLogits) -> Readout:
-        ids = rollout.response_ids
-        a_position = len(ids) * self.model.config.get_text_config().vocab_size
+        a_position = len(rollout) * self.model.config.get_text_config().vocab_size
         # On all devices of sharded weights where it is on one: to ask takes a forward.
-        if not self.most(int(a_position * ids.shape[1] >= _MANY_LOGITS)):
+        if not self.most(int(a_position * rollout.response_ids.shape[1] >= _MANY_LOGITS)):
             return Readout(of_logits)
         if self._can_be_cut is None:
             self._can_be_cut = self._ask_whether_cut(rollout)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from .cache import shallow_copy
+from .cache import select_rows, shallow_copy
 
 __all__ = [
     "Prefix",
@@ -66,7 +66,7 @@ class Prefix:
 
     def select(self, rows: Tensor) -> Prefix:
         """The prefixes at ``rows``, which may repeat; uses up this one's cache."""
-        self.cache.batch_select_indices(rows)
+        select_rows(self.cache, rows)
         return Prefix(
             self.cache,
             self.logits[rows],
