@@ -69,8 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
         policy.to(machine.device)
         whole = sampled(policy, size, machine.device)
     for law, lengths in drawn(size, torch.Generator().manual_seed(0)).items():
-        ends = torch.arange(size.new_tokens) < lengths.unsqueeze(-1)
-        rollout = replace(whole, response_mask=ends.to(machine.device))
+        longest = int(lengths.max())  # no rollout is wider
+        ends = torch.arange(longest) < lengths.unsqueeze(-1)
+        ids = whole.response_ids[:, :longest]
+        rollout = replace(whole, response_ids=ids, response_mask=ends.to(machine.device))
         found: dict[bool, list[dict[str, float]]] = {True: [], False: []}
         for number in range(args.warmup + args.rounds):
             for policy.cut_by_length in (True, False) if number % 2 else (False, True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import statistics
 from collections import defaultdict
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 from lightning.pytorch import Callback, Trainer
+from shared import peak_resident, reset_peak
 from speed import Machine, Size, prompt_rows, rewards
 
 from clp_lightning import CLPCallback, CLPModule, Dirichlet, Policy, PromptDataModule, Rollout
@@ -117,19 +117,9 @@ class Loop:
             before = torch.cuda.memory_allocated()
             self.step()
             return torch.cuda.max_memory_allocated() - before
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
-        before = _status("VmRSS")
+        before = reset_peak()
         self.step()
-        return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    """A field of /proc/self/status, in bytes (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}.")
+        return peak_resident() - before
 
 
 def take_turns(

@@ -19,7 +19,6 @@ plain or more, or more than 0.75 of separate.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import os
@@ -27,8 +26,9 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from shared import peak_resident, reset_peak
 
 LIMITS = {"plain": 1.15, "separate": 0.75}
 NUM_PROMPTS, SAMPLES, NEW_TOKENS, RANK = 4, 4, 32, 8
@@ -65,6 +65,7 @@ def clp_step(model: str, device: str) -> Callable[[], None]:
         seed=0,
     )
     module.configure_model()
+    module.policy.stop_ids = []  # as many tokens as the peers sample
     module.rewards.leave_raw()
     module.to(device)
     optimizer = torch.optim.AdamW(module.own_parameters(), lr=1e-4)
@@ -160,21 +161,11 @@ def measure(variant: str, model: str, device: str) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
         loaded = torch.cuda.memory_allocated()
     else:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
-        loaded = _status("VmRSS")
+        loaded = reset_peak()
     for _ in range(2):
         step()
-    peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else _status("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_resident()
     return {"loaded": loaded, "peak": peak}
-
-
-def _status(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: the CPU is measured on Linux only.")
 
 
 def main() -> int:
