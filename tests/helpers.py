@@ -22,6 +22,7 @@ def build_policy(
     folder: Path | Pretrained,
     conditioner: Conditioner | None = None,
     perturb: float = 0.0,
+    names: list[str] = NAMES,
     **options: Any,
 ) -> Policy:
     """A policy on a tiny model; with ``perturb`` its copies are away from zero."""
@@ -30,7 +31,7 @@ def build_policy(
         conditioner or LoRA(rank=2, shared_rank=2),
         **options,
     )
-    policy.build(NAMES, seed=0)
+    policy.build(names, seed=0)
     if perturb:
         generator = torch.Generator().manual_seed(1)
         for parameter in policy.trained_parameters().values():

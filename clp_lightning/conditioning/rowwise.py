@@ -196,10 +196,11 @@ def _stack(
 def _common_sum(
     scope: Scope, factors: Tensor, columns: tuple[int, ...], dtype: torch.dtype
 ) -> float:
-    """Of the factors of every row, shape (rows, sets); 0 where rows differ in ``dtype`` or float32.
+    """Of the factors of every row, shape (rows, sets); 0 where they differ from row to row.
 
-    And where the factors are learned, which must not see the sum. Asked once a scope, because it
-    waits for the device.
+    To the rounding of ``dtype`` or float32, whichever is finer. Also 0 where the factors are
+    learned, which must not see the sum, and where they cancel out: a sum that is nothing but
+    rounding would be divided by. Asked once a scope, because it waits for the device.
     """
     key = ("sum", columns, dtype)
     if key not in scope.cache:
@@ -207,7 +208,8 @@ def _common_sum(
         # To a half-precision weight 0.95 and 0.93 would be alike.
         rtol = 4 * min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
         alike = torch.allclose(totals, totals[:1], rtol=rtol, atol=0)
-        known = alike and not factors.requires_grad
+        cancels = bool((2 * totals.abs() < factors.detach().double().abs().sum(-1)).any())
+        known = alike and not cancels and not factors.requires_grad
         scope.cache[key] = totals[0].item() if known else 0.0
     total: float = scope.cache[key]
     return total

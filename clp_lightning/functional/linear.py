@@ -23,9 +23,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W' + b``, as ``torch.nn.functional.linear``; on the CPU by the faster exact kernel.
 
     Torch's own float32 product is half as fast as oneDNN's on AMD's processors, where MKL does less
-    than it can; on Intel's it is the faster one. oneDNN's is as exact where there is no AMX unit
-    (with one it would compute in bfloat16). The switch is global and slows tiny attention products
-    down, so it is thrown for this product only.
+    than it can; on Intel's it is the faster one. oneDNN's is as exact where the processor has no
+    AMX unit and, on ARM, no bfloat16 (with one it would compute in bfloat16). The switch is global
+    and slows tiny attention products down, so it is thrown for this product only.
 
     Args:
         x: Shape (..., in).
@@ -88,7 +88,7 @@ def _processor() -> str:
 
 
 def _is_exact() -> bool:
-    return not torch.cpu._is_amx_tile_supported()
+    return not (torch.cpu._is_amx_tile_supported() or torch.cpu.get_capabilities().get("bf16"))
 
 
 @contextmanager

@@ -90,14 +90,21 @@ def can_be_cut(model: PreTrainedModel, run: Callable[[], Tensor]) -> bool:
     head: Any = model.get_output_embeddings()
     if head is None:
         return False
-    probe = torch.linspace(-50, 50, 8, device=model.device)  # a cap bends it, a scale stretches it
+    width = getattr(head, "out_features", model.config.get_text_config().vocab_size)
+    # A bias of 0, which may be trained, shows in another width; a vocabulary cut off, in its own.
+    return all(_says(head, run, columns) for columns in (8, width))
+
+
+def _says(head: nn.Module, run: Callable[[], Tensor], columns: int) -> bool:
+    """Whether logits are what the output layer would return, so many of them."""
+    probe = torch.linspace(-50, 50, columns)  # a cap bends it, a scale stretches it
 
     def probed(states: Tensor) -> Tensor:
-        return probe.to(states.dtype).expand(*states.shape[:-1], -1)
+        return probe.to(states).expand(*states.shape[:-1], -1)
 
     try:
         with forwards_replaced({head: probed}):
             logits = run()
-        return torch.equal(logits, probe.to(logits.dtype).expand_as(logits))
-    except (RuntimeError, IndexError):  # what follows wants V columns and finds 8
+        return torch.equal(logits, probe.to(logits).expand_as(logits))
+    except (RuntimeError, IndexError):  # what follows wants something else
         return False

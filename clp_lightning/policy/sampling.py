@@ -108,5 +108,16 @@ def sample_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[
     tokens = torch.searchsorted(cumulative, target, right=True)
     # Logits that are not finite give no place; their log-probability tells, not an index error.
     tokens = tokens.clamp(max=logits.shape[-1] - 1)
+    if tokens.device.type != "cpu":
+        tokens = _possible(tokens, probabilities)
     logp = probabilities.gather(-1, tokens).log()
     return tokens.squeeze(-1), logp.squeeze(-1)
+
+
+def _possible(tokens: Tensor, probabilities: Tensor) -> Tensor:
+    """``tokens``, shape (B, 1), the likeliest in the place of those of probability 0.
+
+    A GPU adds in blocks, so its cumulative sum may rise by a rounding where nothing was added.
+    """
+    chosen = probabilities.gather(-1, tokens)
+    return torch.where(chosen > 0, tokens, probabilities.argmax(-1, keepdim=True))

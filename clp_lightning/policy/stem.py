@@ -82,7 +82,7 @@ class Stem:
         prompt, more = ids[:6].view(2, 3), ids[6:].view(2, 2)
         mask = torch.arange(6, device=model.device).view(2, 3) > 0  # one begins a place later
         cache = DynamicCache(config=model.config)
-        if not is_plain(cache) or len(cache.layers) * self.share != len(self):
+        if not is_plain(cache) or round(len(cache.layers) * self.share) != len(self):
             return False
         with self._seen(seen.append):
             prefix = read_prompt(model, prompt, mask)

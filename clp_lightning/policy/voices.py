@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ..functional.logprobs import log_distribution
 from .policy import Policy
 from .prefix import read_prompt
 from .steps import Steps
@@ -81,7 +82,7 @@ class Voices:
         """Logits of the next token of every running response, shape (B, V)."""
         if self._share is None:
             return self._prefixes[0].logits
-        each = [prefix.logits.log_softmax(-1) for prefix in self._prefixes]
+        each = [log_distribution(prefix.logits) for prefix in self._prefixes]
         pairs = zip(each, self._parts, strict=True)
         voices = torch.cat([logp.unflatten(0, (-1, len(part))) for logp, part in pairs], dim=1)
         return (self._share[self._rows].to(voices).unsqueeze(-1) * voices).sum(1)

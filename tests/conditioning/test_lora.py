@@ -237,3 +237,10 @@ def test_a_gate_is_seeded_by_the_run(tiny_folder: Callable[..., Path]) -> None:
         gates.append(torch.cat([p.flatten() for p in gate.parameters()]))
     assert torch.equal(*gates)
     assert gates[0].abs().max() > 0
+
+
+def test_what_lies_below_the_adapters_is_computed_once(tiny_folder: Callable[..., Path]) -> None:
+    """However many blocks these are: in floating point 22 * (15 / 22) is not 15."""
+    folder = tiny_folder(num_hidden_layers=22)
+    stem = build_policy(folder, LoRA(rank=2, last_blocks=7)).stem
+    assert stem is not None and len(stem) == 15

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from clp_lightning import Mixture, Preference, Pretrained, Sampling, TransformersEngine
-from clp_lightning.conditioning import Gate, rowwise
+from clp_lightning.conditioning import Coefficients, Gate, rowwise
 from clp_lightning.conditioning.base import Scope
 from clp_lightning.functional.grouped import grouped_linear
-from tests.helpers import build_policy, prompt_batch
+from tests.helpers import PROMPTS, assert_alike, build_policy, prompt_batch
 
 
 def test_what_is_conditioned(tiny_folder: Callable[..., Path]) -> None:
@@ -121,6 +122,46 @@ def test_learned_coefficients_keep_their_gradient(
     assert any(
         p.grad is not None and bool(p.grad.any()) for p in conditioner.coefficients.parameters()
     )
+
+
+def test_decoding_with_weights_merged_for_each_preference(
+    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a preference has many rows."""
+    policy = build_policy(tiny_folder("llama"), Mixture(), perturb=0.05)
+    calls, rollouts = [], []
+    for worth in (1, 2**20):
+        monkeypatch.setattr(rowwise, "_WORTH_MERGING", {"cpu": worth})
+
+        def grouped(x: Tensor, *others: Any) -> Tensor:
+            calls.append(x.shape[:2])
+            return grouped_linear(x, *others)
+
+        monkeypatch.setattr(rowwise, "grouped_linear", grouped)
+        engine = TransformersEngine()
+        rollouts.append(engine.generate(policy, prompt_batch(PROMPTS), 2, Sampling(6)))
+    assert (6, 1) in calls  # two responses to each of three prompts
+    assert_alike(*rollouts)
+
+
+class Centred(Coefficients):
+    def copies(self, preference: Preference) -> Tensor:
+        return (1 - preference.alpha.unsqueeze(-1)) * (preference.weights - 1 / 3)
+
+
+def test_coefficients_that_cancel_out_are_mixed_as_they_are(
+    tiny_folder: Callable[..., Path],
+) -> None:
+    """Their sum is rounding, alike in all rows; the base weight must not be divided by it."""
+    conditioner = Mixture(coefficients=Centred())
+    policy = build_policy(tiny_folder("llama"), conditioner, 0.05, names=["a", "b", "c"])
+    corners = Preference(torch.eye(3), torch.full((3,), 0.1))
+    rollout = TransformersEngine().generate(policy, prompt_batch(PROMPTS, corners), 2, Sampling(6))
+    assert rollout.logp is not None
+    for row, mask in enumerate(rollout.response_mask):
+        with policy.conditioned(rollout.preference[row : row + 1]), torch.no_grad():
+            merged = policy.logprobs(rollout.select(torch.tensor([row])))
+        torch.testing.assert_close(rollout.logp[row][mask], merged[0][mask[: merged.shape[1]]])
 
 
 def test_sums_that_differ_in_bfloat16_s_last_places_are_not_alike() -> None:

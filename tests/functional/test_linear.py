@@ -77,19 +77,26 @@ def test_a_slice_does_not_copy_the_weight_for_every_row(onednn: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("processor", "mkl", "amx", "helps"),
+    ("processor", "mkl", "amx", "bf16", "helps"),
     [
-        ("AMD EPYC 7B13", True, False, True),
-        ("Intel Xeon", True, False, False),
-        ("Intel Xeon", False, False, True),
-        ("Intel Xeon", False, True, False),
-        ("", False, False, True),
+        ("AMD EPYC 7B13", True, False, None, True),
+        ("Intel Xeon", True, False, None, False),
+        ("Intel Xeon", False, False, None, True),
+        ("Intel Xeon", False, True, None, False),
+        ("", False, False, False, True),  # ARM
+        ("", False, False, True, False),
     ],
 )
 def test_whose_product_is_taken(
-    processor: str, mkl: bool, amx: bool, helps: bool, monkeypatch: pytest.MonkeyPatch
+    processor: str,
+    mkl: bool,
+    amx: bool,
+    bf16: bool | None,
+    helps: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": processor})
+    told = {"cpu_name": processor} | ({} if bf16 is None else {"bf16": bf16})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)

@@ -105,6 +105,15 @@ def test_a_mixture_of_policies(tiny_folder: Callable[..., Path], compiled: Make)
     assert_as_without(compiled(MOD), policy, MOD())
 
 
+def test_in_half_precision(tiny_folder: Callable[..., Path], compiled: Make) -> None:
+    policy = build_policy(tiny_folder(), CONDITIONERS["LoRA"](), perturb=0.05)
+    engine = compiled()
+    engine.precision = "bf16"
+    greedy = SAMPLINGS[0]
+    expected = generate(TransformersEngine(precision="bf16"), policy, greedy)
+    assert_same(generate(engine, policy, greedy), expected)
+
+
 def test_a_policy_without_conditioning(tiny_folder: Callable[..., Path], compiled: Make) -> None:
     policy = build_policy(tiny_folder("llama"), Unconditioned())
     assert_as_without(compiled(), policy)

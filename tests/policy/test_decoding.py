@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ from clp_lightning import (
     Weights,
 )
 from clp_lightning.conditioning import Conditioner
-from tests.helpers import build_policy
+from clp_lightning.policy import rollout as rollout_module
+from clp_lightning.policy.sampling import sample_tokens
+from tests.helpers import build_policy, prompt_batch
 from tests.tiny import KINDS
 
 # With one model that can mix rows and one that cannot: T5, but for LoRA.
@@ -177,3 +180,18 @@ def test_a_preference_in_the_prompt_cannot_be_mixed(
 def test_mixtures_are_for_evaluation() -> None:
     assert TransformersEngine.on_policy
     assert not MOD().on_policy and not DeRa().on_policy
+
+
+def test_a_mixture_is_not_rounded_to_a_half_precision_base(
+    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = build_policy(Pretrained(str(tiny_folder()), dtype="bfloat16"))
+    seen: list[Tensor] = []
+
+    def noted(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        seen.append(logits)
+        return sample_tokens(logits, *others)
+
+    monkeypatch.setattr(rollout_module, "sample_tokens", noted)
+    MOD().generate(policy, prompt_batch(PROMPTS), 2, Sampling(3))
+    assert {logits.dtype for logits in seen} == {torch.float32}

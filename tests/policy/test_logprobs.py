@@ -219,20 +219,31 @@ def test_the_reference_reads_every_prompt_whatever_its_number(
 
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("checkpoints", [False, True])
 def test_in_half_precision_the_untrained_policy_is_the_reference(
-    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, autocast: bool, n: int
+    tiny_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoints: bool,
+    autocast: bool,
+    n: int,
 ) -> None:
-    """What is told of a token by decoding is rounded otherwise, so it is left out."""
+    """What is told of a token by decoding is rounded otherwise, so it is left out.
+
+    With checkpoints the policy is computed in whole, and so is the reference.
+    """
     monkeypatch.setattr(scoring, "_WORTH_SHARING", 1)  # as of a model that is not tiny
     dtype = "float32" if autocast else "bfloat16"
-    policy = build_policy(Pretrained(str(tiny_folder(initializer_range=0.3)), dtype=dtype))
+    base = Pretrained(str(tiny_folder(initializer_range=0.3)), dtype=dtype)
+    policy = build_policy(base, gradient_checkpointing=checkpoints)
     batch = prompt_batch([prompt for prompt in PROMPTS for _ in range(3)])  # under 3 preferences
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         rollout = TransformersEngine().generate(policy, batch, n, Sampling(9))
         assert rollout.logp is None
-        logp = TransformersEngine().logprobs(policy, rollout)
+        with policy.conditioned(rollout.preference):
+            logp = policy.logprobs(rollout)
         with policy.reference():
             assert torch.equal(policy.logprobs(rollout), logp)
+        assert torch.equal(TransformersEngine().logprobs(policy, rollout), logp)
 
 
 @pytest.mark.parametrize("engine", [TransformersEngine(), MOD()])

@@ -17,6 +17,8 @@ from transformers import BartConfig, BartForConditionalGeneration
 from clp_lightning import LoRA, Mixture, Policy, PromptText, Sampling, TransformersEngine
 from clp_lightning.conditioning import Conditioner, Unconditioned
 from clp_lightning.policy import policy as policy_module
+from clp_lightning.policy.prefix import read_prompt
+from clp_lightning.policy.readout import can_be_cut
 from tests.helpers import PROMPTS, build_policy, prompt_batch
 from tests.tiny import EOS, KINDS, PAD, VOCABULARY, tiny_model, tiny_tokenizer
 
@@ -147,6 +149,22 @@ def test_a_model_with_a_bias_behind_its_output_layer_is_not_cut(
     assert policy._can_be_cut is False
     for cut, whole in zip(*found, strict=True):
         assert torch.equal(cut, whole)
+
+
+def test_a_model_that_drops_columns_of_its_output_layer_is_not_cut(
+    tiny_folder: Callable[..., Path],
+) -> None:
+    """As where a vocabulary is padded."""
+    policy = build_policy(tiny_folder("llama"))
+    ids = torch.ones(1, 2, dtype=torch.long)
+    for dropped in (0, 3):
+
+        def run(dropped: int = dropped) -> Tensor:
+            logits = read_prompt(policy.model, ids, ids > 0).logits
+            return logits[..., : len(VOCABULARY) - dropped]
+
+        with policy.reference(), policy.rows(torch.tensor([0])):
+            assert can_be_cut(policy.model, run) is not bool(dropped)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clp_lightning import Preference, PromptBatch, Sampling, TransformersEngine
-from clp_lightning.policy.sampling import sample_tokens, truncate_logits
+from clp_lightning.policy.sampling import _possible, sample_tokens, truncate_logits
 from tests.helpers import build_policy, prompt_batch
 from tests.tiny import END, EOS, KINDS
 
@@ -126,3 +126,9 @@ def test_weights_that_are_not_finite_show_in_the_log_probability() -> None:
     tokens, logp = sample_tokens(logits, torch.tensor([0.0, 0.9]), Sampling())
     assert ((tokens >= 0) & (tokens < 4)).all()  # no index error before the loss is looked at
     assert logp.isnan().all()
+
+
+def test_a_token_of_probability_0_is_not_kept() -> None:
+    probabilities = torch.tensor([[0.3, 0.0, 0.7], [0.5, 0.2, 0.3]])
+    tokens = torch.tensor([[1], [1]])
+    assert _possible(tokens, probabilities).tolist() == [[2], [1]]
