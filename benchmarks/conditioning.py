@@ -3,11 +3,12 @@
     python benchmarks/conditioning.py [--size 10m] [--rewards 2 3 8] [--forms full/merge lora]
 
 Each form and the unconditioned model, which trains all of its weights (beside LoRA and prompts
-too), take turns: the policy pass with its backward, AdamW, and sampling; rewards and the reference,
-which no conditioner changes, are left out. Ratios are medians over paired rounds. Forms end with
-their mixing: `merge` computes plain weights for one preference after the other, `row` takes all
-preferences at once (layers merge for each where many positions stand under it, and mix rows
-elsewhere), `auto` merges in training and mixes rows in decoding.
+too; with `--plain adapter` it trains one adapter), take turns: the policy pass with its backward,
+AdamW, and sampling; rewards and the reference, which no conditioner changes, are left out. Ratios
+are medians over paired rounds. Forms end with their mixing: `merge` computes plain weights for one
+preference after the other, `row` takes all preferences at once (layers merge for each where many
+positions stand under it, and mix rows elsewhere), `auto` merges in training and mixes rows in
+decoding.
 
 Break-even: up to so many response tokens per preference, `row` costs less than `merge`, whose price
 is paid for every preference; `row` costs more by the token.
@@ -153,6 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = speed.parser(__doc__)
     parser.add_argument("--rewards", type=int, nargs="+", default=[2, 3, 8])
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--plain", choices=["weights", "adapter"], default="weights")
     args = parser.parse_args(arguments)
     size, machine = speed.chosen_size(args), speed.choose_machine(args)
     torch.manual_seed(0)
@@ -163,7 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = speed.save_model(Path(scratch), size)
         for k in args.rewards:
-            plain = Work(size, folder, Unconditioned(), k, machine)
+            if args.plain == "adapter":
+                plain = Work(size, folder, LoRA(), 1, machine)
+            else:
+                plain = Work(size, folder, Unconditioned(), k, machine)
             found: dict[str, dict[int, Any]] = {}
             for name in args.forms:
                 form = Work(size, folder, FORMS[name](), k, machine)

@@ -105,9 +105,12 @@ JOBS: dict[str, tuple[list[str], list[Number]]] = {
             whole(f"{PREFERENCES}: full, merged", "full/merge", 8, 1.25),
             whole("the same: full, by row", "full/row", 8, 1.25),
             whole("the same: attention, by row", "attention/row", 8, 1.2),
-            whole("the same: LoRA", "lora", 8, 1.1),
             whole("full, merged, one preference", "full/merge", 1, 1.25),
         ],
+    ),
+    "conditioning-lora": (
+        ["conditioning.py", "--forms", "lora", "--plain", "adapter"],
+        [whole(f"{PREFERENCES}: LoRA, against one plain adapter", "lora", 8, 1.1)],
     ),
     "memory": (
         ["memory.py"],

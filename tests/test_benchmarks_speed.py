@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from torch import Tensor
+
+from clp_lightning import functional
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 QUICK = ["--size", "tiny", "--rounds", "1", "--warmup", "0", "--device", "cpu"]
@@ -20,6 +24,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     import generation
     import lengths
     import loops
+    import memory
     import report
     import scaling
     import speed
@@ -33,6 +38,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
         generation,
         lengths,
         loops,
+        memory,
         report,
         scaling,
         speed,
@@ -116,6 +122,30 @@ def test_conditioning_runs(scripts: dict[str, Any], capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     assert out.count(" prompt ") == 2  # with one preference, and with one for each prompt
     assert "break-even, K = 2, attention, train" in out
+    beside = ["--forms", "lora", "--plain", "adapter"]
+    assert scripts["conditioning"].main([*QUICK, "--rewards", "2", *beside]) == 0
+    assert capsys.readouterr().out.count(" lora ") == 2
+
+
+@pytest.mark.parametrize("variant", ["clp", "plain", "separate"])
+def test_memory_measures_as_many_tokens(
+    scripts: dict[str, Any],
+    tiny_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    variant: str,
+) -> None:
+    lengths = []
+    loss = functional.policy_gradient_loss
+
+    def noted(logp: Tensor, advantage: Tensor, mask: Tensor, **options: Any) -> Tensor:
+        lengths.append(logp.shape)
+        return loss(logp, advantage, mask, **options)
+
+    monkeypatch.setattr(functional, "policy_gradient_loss", noted)
+    monkeypatch.setattr("clp_lightning.modules.signal.policy_gradient_loss", noted)
+    found = scripts["memory"].measure(variant, str(tiny_folder()), "cpu")
+    assert 0 < found["loaded"] <= found["peak"]
+    assert lengths == [(16, 32)] * 2
 
 
 def test_break_even(scripts: dict[str, Any]) -> None:
@@ -236,4 +266,6 @@ def test_the_report_has_every_number_it_asks_for(scripts: dict[str, Any]) -> Non
     )
     found = [number.row(table)[2:] for number in report.JOBS["conditioning"][1]]
     missing = ["not measured", "-"]
-    assert found == [["2.04", "**no**"], missing, missing, ["1.09", "yes"], ["1.04", "yes"]]
+    assert found == [["2.04", "**no**"], missing, missing, ["1.04", "yes"]]
+    found = [number.row(table)[2:] for number in report.JOBS["conditioning-lora"][1]]
+    assert found == [["1.09", "yes"]]
