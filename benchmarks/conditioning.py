@@ -2,13 +2,13 @@
 
     python benchmarks/conditioning.py [--size 10m] [--rewards 2 3 8] [--forms full/merge lora]
 
-Each form and the unconditioned model, which trains all of its weights (beside LoRA and prompts
-too; with `--plain adapter` it trains one adapter), take turns: the policy pass with its backward,
-AdamW, and sampling; rewards and the reference, which no conditioner changes, are left out. Ratios
-are medians over paired rounds. Forms end with their mixing: `merge` computes plain weights for one
-preference after the other, `row` takes all preferences at once (layers merge for each where many
-positions stand under it, and mix rows elsewhere), `auto` merges in training and mixes rows in
-decoding.
+Each form and the unconditioned model take turns: the policy pass with its backward, AdamW, and
+sampling; rewards and the reference, which no conditioner changes, are left out. The unconditioned
+model trains all of its weights, beside LoRA and prompts too; with `--plain adapter` it trains one
+adapter on all linear layers. Ratios are medians over paired rounds. Forms end with their mixing:
+`merge` computes plain weights for one preference after the other, `row` takes all preferences at
+once (layers merge for each where many positions stand under it, and mix rows elsewhere), `auto`
+merges in training and mixes rows in decoding.
 
 Break-even: up to so many response tokens per preference, `row` costs less than `merge`, whose price
 is paid for every preference; `row` costs more by the token.
@@ -40,11 +40,13 @@ from clp_lightning import (
     Sampling,
     SoftPrompt,
     TransformersEngine,
+    Weights,
 )
 from clp_lightning.conditioning import Conditioner, Unconditioned
 
 PARTS = ("train", "optimizer", "decode", "whole")
 TARGETS = ("full", "attention", "logits")
+TRAINED = {"weights": "all weights", "adapter": "one adapter"}
 FORMS: dict[str, Callable[[], Conditioner]] = {
     f"{target}/{mixing}": partial(Mixture, target, mixing=mixing)
     for target in TARGETS
@@ -154,19 +156,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = speed.parser(__doc__)
     parser.add_argument("--rewards", type=int, nargs="+", default=[2, 3, 8])
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--plain", choices=["weights", "adapter"], default="weights")
+    parser.add_argument("--plain", choices=TRAINED, default="weights")
     args = parser.parse_args(arguments)
     size, machine = speed.chosen_size(args), speed.choose_machine(args)
     torch.manual_seed(0)
     counts = (1, size.prompts)
-    print(f"ratios to the unconditioned step; {size.responses} responses, {size.tokens} tokens")
+    work = f"{size.responses} responses, {size.tokens} tokens"
+    print(f"ratios to the step without it, which trains {TRAINED[args.plain]}; {work}")
     head = "".join(f"{part:>11}" for part in PARTS)
     print(f"{'K':>2} {'form':16}{'preferences':>12}{head}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = speed.save_model(Path(scratch), size)
         for k in args.rewards:
             if args.plain == "adapter":
-                plain = Work(size, folder, LoRA(), 1, machine)
+                single = LoRA(targets="all-linear", shared_rank=0, coefficients=Weights())
+                plain = Work(size, folder, single, 1, machine)
             else:
                 plain = Work(size, folder, Unconditioned(), k, machine)
             found: dict[str, dict[int, Any]] = {}

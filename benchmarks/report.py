@@ -110,7 +110,7 @@ JOBS: dict[str, tuple[list[str], list[Number]]] = {
     ),
     "conditioning-lora": (
         ["conditioning.py", "--forms", "lora", "--plain", "adapter"],
-        [whole(f"{PREFERENCES}: LoRA, against one plain adapter", "lora", 8, 1.1)],
+        [whole("LoRA, 8 preferences in 32 rows, against one plain adapter", "lora", 8, 1.1)],
     ),
     "memory": (
         ["memory.py"],

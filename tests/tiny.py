@@ -117,7 +117,7 @@ _KINDS: dict[str, tuple[type[PreTrainedModel], type[PreTrainedConfig], dict[str,
 DECODERS = ["llama", "qwen3", "gemma3", "gpt2"]
 ENCODER_DECODERS = ["t5", "t5_v1_1"]
 KINDS = [*DECODERS, *ENCODER_DECODERS]
-"""Names that ``tiny_model`` and ``tiny_folder`` take, and these:"""
+"""Names that ``tiny_model`` and ``tiny_folder`` take; ``RECURRENT`` has more."""
 RECURRENT = ["lfm2", "qwen3_5"]
 """Some of their layers keep a state that every token overwrites."""
 

@@ -199,8 +199,8 @@ def _common_sum(
     """Of the factors of every row, shape (rows, sets); 0 where they differ from row to row.
 
     To the rounding of ``dtype`` or float32, whichever is finer. Also 0 where the factors are
-    learned, which must not see the sum, and where they cancel out: a sum that is nothing but
-    rounding would be divided by. Asked once a scope, because it waits for the device.
+    learned, which must not see the sum, and where they cancel out by more than a half: to divide
+    by little costs digits. Asked once a scope, because it waits for the device.
     """
     key = ("sum", columns, dtype)
     if key not in scope.cache:

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
 
+from ..attempts import attempt
+
 __all__ = [
     "fix_length",
     "grow_in_place",
@@ -30,7 +32,10 @@ def is_plain(cache: Cache) -> bool:
 
 def is_recurrent(model: PreTrainedModel) -> bool:
     """Whether some layer keeps a state that every token overwrites: a convolution, a recurrence."""
-    return not model.config.is_encoder_decoder and _has_states(DynamicCache(config=model.config))
+    if model.config.is_encoder_decoder:
+        return False
+    made = attempt(lambda: DynamicCache(config=model.config))  # a config may tell nothing of layers
+    return made.exception() is None and _has_states(made.result())
 
 
 def _has_states(cache: Cache) -> bool:
@@ -80,7 +85,10 @@ def make_full(cache: Cache, tokens: int) -> None:
 
 
 def shallow_copy(cache: Cache) -> Cache:
-    """The same keys and values in layers of their own, which can be selected from and extended."""
+    """The same keys and values in layers of their own, which can be selected from and extended.
+
+    Not for layers that keep a state: it is overwritten, here and there.
+    """
     copied: Any = copy(cache)
     if isinstance(cache, EncoderDecoderCache):
         copied.self_attention_cache = shallow_copy(cache.self_attention_cache)

@@ -38,8 +38,7 @@ _MANY_LOGITS, _PIECE = 20_000_000, 2**23
 class Policy(nn.Module):
     """One network that answers for every (w, alpha); with all coefficients 0 it is the reference.
 
-    Built in two steps, so that a description costs nothing: the constructor takes names,
-    ``build`` loads weights.
+    The constructor takes a description, which costs nothing; ``build`` loads weights.
 
     Args:
         pretrained: The base: a hub name, a folder, an installed package, or a ``Pretrained``.
@@ -50,7 +49,8 @@ class Policy(nn.Module):
 
     Attributes:
         share_prompts: Whether the responses of a prompt share it: computed once in scoring, stored
-            once while decoding. Decided by sizes if None; the values are the same to rounding.
+            once while decoding. Decided by sizes if None; the values are the same to rounding. No
+            prompt is shared in scoring where it is recomputed, or where layers overwrite a state.
         share_stem: Whether what the blocks below all conditioned ones made of a rollout is kept.
         cut_by_length: Whether scoring runs responses of like length together, where lengths differ
             so much that it pays. The values are the same to rounding.
@@ -110,6 +110,7 @@ class Policy(nn.Module):
         self.conditioner.attach_once(model, names, seed)
         speed_up_linears(model)
         self._num_weights = model.num_parameters()  # to count takes longer than some passes
+        self._is_recurrent = is_recurrent(model)
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": self.conditioner.checkpoint_context}
@@ -281,19 +282,18 @@ class Policy(nn.Module):
             with self.answering(rollout.preference):
                 return self._score(rollout, of_logits)[:0]
         ids, mask, groups = self._prompts_read(rollout)
-        in_whole = self.gradient_checkpointing and self.training
-        recomputes = in_whole and torch.is_grad_enabled()
         given = Given(self.stem if rollout.stem else None, rollout, ids, mask)
         # Rounding shows in half precision: there the reference goes the policy's way.
-        half = in_half_precision(self.model)
+        half, with_gradient = in_half_precision(self.model), torch.is_grad_enabled()
+        in_whole = self.gradient_checkpointing and self.training and (half or with_gradient)
         if (share := self.share_prompts) is None:
             shared = rollout.groups if half else groups
             share = given.pays or worth_sharing(self._num_weights, ids, shared)
-        share &= not ((in_whole if half else recomputes) or is_recurrent(self.model))
+        share = share and not (in_whole or self._is_recurrent)
         score = partial(score_shared, given=given) if share else score_full
         parts = self._bundles(rollout, mask, share, cut and self.cut_by_length)
         readout = self._readout(rollout, of_logits)
-        with self.eval_mode(unless=recomputes):
+        with self.eval_mode(unless=with_gradient):
             return score(
                 self.model, ids, mask, rollout.response_ids, groups, parts, self.rows, readout
             )

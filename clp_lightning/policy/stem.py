@@ -45,7 +45,8 @@ class Stem:
 
     def __init__(self, model: PreTrainedModel, number: int) -> None:
         stack = list(blocks(model))
-        self._model, self._blocks, self.share = model, stack[:number], number / len(stack)
+        self._model, self._blocks, self._of_all = model, stack[:number], len(stack)
+        self.share = number / len(stack)
         self.key = object()
 
     @classmethod
@@ -82,7 +83,7 @@ class Stem:
         prompt, more = ids[:6].view(2, 3), ids[6:].view(2, 2)
         mask = torch.arange(6, device=model.device).view(2, 3) > 0  # one begins a place later
         cache = DynamicCache(config=model.config)
-        if not is_plain(cache) or round(len(cache.layers) * self.share) != len(self):
+        if not is_plain(cache) or len(cache.layers) != self._of_all:
             return False
         with self._seen(seen.append):
             prefix = read_prompt(model, prompt, mask)

@@ -204,7 +204,12 @@ def test_responses_that_end_early(tiny_folder: Callable[..., Path], compiled: Ma
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"), [("t5", "encoder-decoder"), ("gemma3", "DynamicSlidingWindowLayer")]
+    ("kind", "why"),
+    [
+        ("t5", "encoder-decoder"),
+        ("gemma3", "DynamicSlidingWindowLayer"),
+        ("lfm2", "LinearAttentionLayer"),
+    ],
 )
 def test_what_cannot_be_compiled_is_refused(
     tiny_folder: Callable[..., Path], compiled: Make, kind: str, why: str

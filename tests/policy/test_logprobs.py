@@ -259,3 +259,16 @@ def test_an_engine_tells_of_preferences_that_cannot_be_mixed(
         torch.testing.assert_close(found[-1], rollout.logp[rollout.response_mask].to(found[-1]))
         assert not len(engine.logprobs(policy, rollout.select(torch.tensor([], dtype=torch.long))))
     torch.testing.assert_close(*found)
+
+
+def test_of_a_config_that_tells_nothing_of_its_layers(
+    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for _ in range(2):
+        policy = build_policy(tiny_folder())
+        rollout = TransformersEngine().generate(policy, prompt_batch(PROMPTS), 2, Sampling(6))
+        with policy.conditioned(rollout.preference):
+            found.append(policy.logprobs(rollout))
+        monkeypatch.setattr("clp_lightning.policy.cache.DynamicCache", lambda config: config.absent)
+    assert torch.equal(*found)
