@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -95,6 +99,26 @@ _KINDS: dict[str, tuple[type[PreTrainedModel], type[PreTrainedConfig], dict[str,
         T5Config,
         _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ),
+    "doge": (DogeForCausalLM, DogeConfig, _LLAMA),
+    "deepseek": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config,
+        {name: value for name, value in _LLAMA.items() if name != "head_dim"}
+        | {
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
     "lfm2": (
         Lfm2ForCausalLM,
         Lfm2Config,
@@ -120,6 +144,8 @@ KINDS = [*DECODERS, *ENCODER_DECODERS]
 """Names that ``tiny_model`` and ``tiny_folder`` take; ``RECURRENT`` has more."""
 RECURRENT = ["lfm2", "qwen3_5"]
 """Some of their layers keep a state that every token overwrites."""
+OWN_ATTENTION = ["doge", "deepseek"]
+"""Their attention adds to the scores, or caches something else than keys and values."""
 
 
 def tiny_tokenizer(*, chat: bool = False, pad: bool = True) -> PreTrainedTokenizerFast:

@@ -6,30 +6,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
+from ..attempts import attempt
 from .cache import grow_in_place, is_plain
-from .prefix import Prefix, accepted
+from .policy import Policy
+from .prefix import Prefix, accepted, extend, read_prompt
 
 __all__ = ["Branches", "reading", "worth_branching"]
 
 _NAME = "clp_branches"
 # Shorter prompts are repeated: two products more a layer take longer. See benchmarks/generation.py.
 _LONG = 128
+# Models, and whether they say the same when responses share their prompts; asked once.
+_SAME: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
-def worth_branching(model: PreTrainedModel, prefix: Prefix, rows: int, wish: bool | None) -> bool:
+def worth_branching(policy: Policy, prefix: Prefix, rows: int) -> bool:
     """Whether ``rows`` responses shall share their prompts.
 
+    The policy's ``share_prompts`` decides it where it is possible. Unset, it is left to the sizes,
+    on the CPU, and to whether the model says the same.
+
     Args:
-        model: Must take its attention from Transformers' interface, and forget no token.
+        policy: Its model must take its attention from Transformers' interface, and forget no token.
         prefix: The prompts.
         rows: Responses.
-        wish: True or False decide it where it is possible; None leaves it to the sizes, on the CPU.
     """
+    model, wish = policy.model, policy.share_prompts
     possible = (
         type(model)._supports_attention_backend
         and model.config._attn_implementation == "sdpa"
@@ -40,7 +48,40 @@ def worth_branching(model: PreTrainedModel, prefix: Prefix, rows: int, wish: boo
     )
     prompts, length = prefix.mask.shape
     pays = length >= _LONG and rows >= 2 * prompts and prefix.mask.device.type == "cpu"
-    return possible and (pays if wish is None else wish)
+    if wish is not None or not (possible and pays):
+        return possible and bool(wish)
+    if model not in _SAME:
+        asked = attempt(lambda: _says_the_same(policy))  # an attention of its own may do anything
+        _SAME[model] = asked.exception() is None and asked.result()
+    return _SAME[model]
+
+
+@torch.no_grad()
+def _says_the_same(policy: Policy) -> bool:
+    """Whether the model says of a few tokens what it says where every response has its prompt."""
+    model = policy.model
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(18, device=model.device) % vocabulary
+    prompt, more = ids[:10].view(2, 5), ids[10:].view(4, 2)
+    mask = torch.arange(10, device=model.device).view(2, 5) > 0  # one begins a place later
+    rows = torch.tensor([0, 0, 0, 1], device=model.device)
+    none = torch.zeros_like(rows)
+    # Not as the reference, which not every conditioner has; a session of its own forgets.
+    with policy.conditioner.session():
+        with policy.rows(none[:2]):
+            prefix = read_prompt(model, prompt, mask)
+        apart = prefix.copy().select(rows)
+        prefix.cache = Branches(prefix.cache, prefix.mask)
+        shared = prefix.select(rows)
+        with policy.rows(none):
+            for tokens in more.split(1, dim=1):
+                expected = extend(model, apart, tokens)
+                with reading(model, prefix.cache):
+                    found = extend(model, shared, tokens)
+    # To rounding, of which half precision has more than a model that adds to its scores may add.
+    spread = expected.float().std()
+    rounding = 1000 * torch.finfo(expected.dtype).eps * spread
+    return bool(((found - expected).abs() <= rounding).all())
 
 
 class Branches(Cache):
@@ -155,8 +196,9 @@ def _attend(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface; there is no mask, because it knows no name for one."""
-    for name in ("position_bias", "softcap", "s_aux"):
+    """Transformers' attention interface; it makes no mask, because it knows no name for one."""
+    options["attention_mask"] = attention_mask  # so it would be the model's own
+    for name in ("attention_mask", "position_bias", "softcap", "s_aux"):
         if options.get(name) is not None:
             raise ValueError(
                 f"{type(module).__name__} has attention with a {name}, with which responses cannot "

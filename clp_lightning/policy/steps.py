@@ -54,7 +54,7 @@ class Steps:
 
     def begin(self, policy: Policy, prefix: Prefix, rows: Tensor) -> Prefix:
         """Where responses begin, those to the prompts at ``rows``; uses up what is given."""
-        if worth_branching(policy.model, prefix, len(rows), policy.share_prompts):
+        if worth_branching(policy, prefix, len(rows)):
             prefix.cache = Branches(prefix.cache, prefix.mask)
             return prefix.select(rows)
         prefix = prefix.select(rows)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from clp_lightning import Policy, Rollout, Sampling, TransformersEngine
+from clp_lightning import LoRA, Policy, Rollout, Sampling, TransformersEngine
 from clp_lightning.policy import branches
 from clp_lightning.policy.branches import Branches
 from tests.helpers import PROMPTS, build_policy, prompt_batch
+from tests.tiny import OWN_ATTENTION
 
 FAMILIES = ["llama", "gpt2", "qwen3"]
 
@@ -107,6 +108,34 @@ def test_models_that_cannot_share(
     assert not begun
 
 
+@pytest.mark.parametrize("kind", OWN_ATTENTION)
+def test_models_that_would_say_something_else_do_not_share_of_themselves(
+    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(branches, "_LONG", 2)
+    lora = LoRA(rank=2, shared_rank=2, shared_targets="attention")
+    policy = build_policy(tiny_folder(kind), lora, perturb=0.05)
+    for parameter in policy.model.parameters():
+        if parameter.ndim == 1:  # what Doge adds is 0 in a new model
+            parameter.data.add_(torch.linspace(-1, 1, len(parameter)))
+    got, expected = sampled(policy, None), sampled(policy, False)
+    assert branches._SAME[policy.model] is False
+    assert torch.equal(got.response_ids, expected.response_ids)
+    assert torch.equal(got.logp, expected.logp)
+    with pytest.raises((ValueError, RuntimeError)):
+        sampled(policy, True)
+
+
+def test_what_a_model_says_decides_and_not_that_it_says_something(
+    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(branches, "_LONG", 2)
+    right = Branches.attend
+    monkeypatch.setattr(Branches, "attend", lambda self, *args: right(self, *args) * 1.01)
+    policy = build_policy(tiny_folder("llama"), perturb=0.05)
+    assert torch.equal(sampled(policy, None).logp, sampled(policy, False).logp)
+
+
 def test_attention_that_does_not_see_the_prompts_is_refused(
     tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +161,8 @@ def test_attention_with_more_than_a_scale_is_refused(tiny_folder: Callable[..., 
     states = torch.zeros(1, 4, 1, 8)
     with pytest.raises(ValueError, match=r"softcap.*share_prompts = False"):
         branches._attend(attention, states, states, states, None, softcap=30.0)
+    with pytest.raises(ValueError, match=r"attention_mask.*share_prompts = False"):
+        branches._attend(attention, states, states, states, torch.zeros(1, 1, 1, 1))
 
 
 def test_the_model_is_left_as_it_was(tiny_folder: Callable[..., Path]) -> None:
