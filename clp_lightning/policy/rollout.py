@@ -147,6 +147,10 @@ class TransformersEngine(Engine):
             raise ValueError(
                 "The batch has no preference; add CLPCallback to the Trainer's callbacks."
             )
+        if not len(batch) or n < 1:
+            raise ValueError(
+                f"There is nothing to sample: {len(batch)} prompts, {n} responses to each."
+            )
         self._check(policy)
         rewritten = policy.conditioner.rewrites and not policy.is_reference
         input_ids, prompt_mask = policy.encode(batch.prompts, preference if rewritten else None)

@@ -100,7 +100,8 @@ def sample_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[
     if sampling.top_p < 1 or sampling.top_k:
         logits = truncate_logits(logits, top_p=sampling.top_p, top_k=sampling.top_k)
     probabilities = logits.softmax(-1)
-    cumulative = probabilities.cumsum(-1)
+    # In float32 unlikely tokens of a large vocabulary would vanish in the sum, and never be drawn.
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     # Strictly below the total, or rounding could choose a last token of probability 0.
     below = torch.nextafter(total, torch.zeros_like(total))

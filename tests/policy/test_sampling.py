@@ -41,6 +41,28 @@ def test_first_tokens_follow_the_softmax(tiny_folder: Callable[..., Path], kind:
     assert statistic < _chi_square_bound(cells.shape[1] - 1)
 
 
+def test_unlikely_tokens_of_a_large_vocabulary_are_drawn() -> None:
+    """Several of them together add less to a float32 sum than its rounding."""
+    tail = 100_000
+    probabilities = torch.full((1 + tail,), 1e-8, dtype=torch.float64)
+    probabilities[0] = 1 - 1e-8 * tail
+    # As many numbers as tokens, as far from each other.
+    uniform = 0.9995 + 1e-8 * torch.arange(100, dtype=torch.float64)
+    logits = probabilities.log().float().expand(len(uniform), -1)
+    tokens, _ = sample_tokens(logits, uniform, Sampling())
+    assert tokens.diff().tolist() == [1] * 99
+    assert abs(tokens[0] - 50_000) < 20  # the likely token's probability is rounded, too
+
+
+@pytest.mark.parametrize(("prompts", "n"), [([], 2), (["a"], 0)])
+def test_nothing_to_sample_is_refused(
+    tiny_folder: Callable[..., Path], prompts: list[str], n: int
+) -> None:
+    policy = build_policy(tiny_folder())
+    with pytest.raises(ValueError, match=f"{len(prompts)} prompts, {n} responses"):
+        TransformersEngine().generate(policy, prompt_batch(prompts), n, Sampling(4))
+
+
 def test_sampler_inverts_the_distribution() -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
     uniform = (torch.arange(1000) + 0.5) / 1000
