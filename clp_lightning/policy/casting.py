@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-__all__ = ["in_half_precision", "weights_cast"]
+__all__ = ["attention_alike", "in_half_precision", "weights_cast"]
 
 
 def in_half_precision(model: PreTrainedModel) -> bool:
     """Whether a forward rounds so much, here and now, that another way to the same shows."""
     device = model.device.type  # of "meta" torch knows no autocast
     return model.dtype.itemsize < 4 or (device != "meta" and torch.is_autocast_enabled(device))
+
+
+def attention_alike(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Within it attention rounds alike with gradients and without.
+
+    On the CPU torch's fused kernel has no gradient for a bias of positions that is trained (T5's),
+    so that with one another kernel is taken, and an untrained policy would not be the reference.
+    Not with checkpoints, which are computed again behind the block.
+    """
+    biased = model.config.is_encoder_decoder and model.device.type == "cpu"
+    if model.is_activation_checkpointing or not (biased and in_half_precision(model)):
+        return nullcontext()
+    alike: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return alike
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from ..functional.logprobs import log_distribution, token_logprobs
 from ..pretrained import Pretrained
 from ..types import Preference, Prompt, Rollout
 from .cache import is_recurrent
-from .casting import in_half_precision
+from .casting import attention_alike, in_half_precision
 from .encoding import Encoding, pad
 from .lengths import Bundle, bundles, whole
 from .linear import speed_up_linears
@@ -115,9 +115,9 @@ class Policy(nn.Module):
             self.model.activation_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": self.conditioner.checkpoint_context}
             )
-        # Transformers returns eval mode, and checkpoints activations only in train mode. The
-        # policy has no dropout, so nothing else depends on it.
-        self.train()
+        # Transformers checkpoints activations in train mode only, in which some routers are noisy
+        # and some decoders keep no cache.
+        self.train(self.gradient_checkpointing)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Splits the weights over the devices of ``mesh`` (FSDP2); a second call does nothing.
@@ -155,7 +155,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def conditioned(self, preference: Preference) -> Iterator[None]:
-        """Answer for ``preference``, one row per row of the batch, inside the block."""
+        """Answer for ``preference``, one row per row of the batch, with the weights as they are."""
         with self._answer_for(preference):
             yield
 
@@ -293,7 +293,7 @@ class Policy(nn.Module):
         score = partial(score_shared, given=given) if share else score_full
         parts = self._bundles(rollout, mask, share, cut and self.cut_by_length)
         readout = self._readout(rollout, of_logits)
-        with self.eval_mode(unless=with_gradient):
+        with self.eval_mode(unless=with_gradient), attention_alike(self.model):
             return score(
                 self.model, ids, mask, rollout.response_ids, groups, parts, self.rows, readout
             )

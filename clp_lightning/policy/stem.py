@@ -32,7 +32,8 @@ class Stem:
     """The first blocks of a causal model, and all before them: no preference changes what they do.
 
     What they make of a token is the same for the policy and for the reference, and was computed
-    when the token was sampled.
+    when the token was sampled. Which they are is asked once: change ``requires_grad`` before the
+    first rollout, and no frozen weight between a rollout and its scoring.
 
     Args:
         model: The model.

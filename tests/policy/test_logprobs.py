@@ -158,7 +158,7 @@ def test_gradient_checkpointing_changes_nothing(
     results = []
     for checkpointing in (False, True):
         policy = build_policy(tiny_folder(kind), perturb=0.1, gradient_checkpointing=checkpointing)
-        assert policy.model.training
+        assert policy.model.training is checkpointing  # routers are noisy in train mode
         rollout = TransformersEngine().generate(policy, batch, 2, Sampling(12))
         with policy.conditioned(rollout.preference):
             logp = policy.logprobs(rollout)

@@ -9,11 +9,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from clp_lightning import LoRA, Mixture, Policy, Sampling, SoftPrompt, TransformersEngine
+from clp_lightning import (
+    LoRA,
+    Mixture,
+    Policy,
+    Preference,
+    Pretrained,
+    Sampling,
+    SoftPrompt,
+    TransformersEngine,
+)
 from clp_lightning.conditioning import Conditioner
 from clp_lightning.policy.prefix import read_prompt
 from clp_lightning.policy.steps import Steps
 from tests.helpers import PROMPTS, build_policy, prompt_batch
+from tests.tiny import ENCODER_DECODERS
 
 CONDITIONERS: dict[str, Callable[[], Conditioner]] = {
     "full": lambda: Mixture("full"),  # mixes rows
@@ -88,3 +98,21 @@ def test_sharded_weights_are_refused(
 def test_another_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="precision must be None or 'bf16'"):
         TransformersEngine(precision="fp8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", ENCODER_DECODERS)
+def test_trained_position_biases_round_as_the_reference_s(
+    tiny_folder: Callable[..., Path], kind: str, autocast: bool
+) -> None:
+    dtype = "float32" if autocast else "bfloat16"
+    policy = build_policy(Pretrained(str(tiny_folder(kind)), dtype=dtype), Mixture("full"))
+    preference = Preference.single([0.3, 0.7], 0.1)
+    batch = prompt_batch(PROMPTS, preference[torch.zeros(len(PROMPTS), dtype=torch.long)])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        rollout = TransformersEngine().generate(policy, batch, 2, Sampling(12))
+        with policy.conditioned(rollout.preference):
+            own = policy.logprobs(rollout)
+        with policy.reference():
+            reference = policy.logprobs(rollout)
+    assert own.requires_grad and torch.equal(own, reference)
