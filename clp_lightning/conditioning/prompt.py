@@ -13,6 +13,7 @@ from ..described import check_choice
 from ..types import Preference, Prompt
 from .base import Coefficients, Conditioner, Gate, Scope
 from .mixture import Mixture
+from .rowwise import embedding_scale
 from .sharded import ADOPTED
 
 __all__ = ["PromptText", "SoftPrompt"]
@@ -224,7 +225,7 @@ class SoftPrompt(_Around):
         vectors = torch.stack(list(self.vectors))
         added = coefficients[:-1].to(vectors) @ vectors
         for name, module in self._tables.items():
-            scale = getattr(module, "scalar_embed_scale", 1.0)  # Gemma's comes after the table
+            scale = embedding_scale(module)  # Gemma's comes after the table
             weight = state[f"{name}.weight"]
             state[f"{name}.weight"] = weight + (added / scale).to(weight.dtype)
         return state

@@ -19,7 +19,15 @@ from ..functional import linear
 from ..functional.grouped import grouped_linear
 from .base import Conditioner, Scope
 
-__all__ = ["Change", "Mixed", "Place", "RowForwards", "mixed_forward", "why_not_rows"]
+__all__ = [
+    "Change",
+    "Mixed",
+    "Place",
+    "RowForwards",
+    "embedding_scale",
+    "mixed_forward",
+    "why_not_rows",
+]
 
 # Positions a preference from which merging for it costs less than one more product for every delta;
 # on GPUs an estimate.
@@ -104,7 +112,7 @@ def mixed_forward(module: nn.Module, mixed: Mixed, scope: Scope, x: Tensor) -> T
         for delta, column in zip(deltas, columns, strict=True):
             c = _shaped(coefficients[:, column], out.ndim).to(out)
             out = out + c * F.embedding(x, delta, module.padding_idx).to(out.dtype)
-        return out * getattr(module, "scalar_embed_scale", 1.0)
+        return out * embedding_scale(module)
     if isinstance(module, nn.LayerNorm):
         plain = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
         out = plain * _rows(module, "weight", mixed, coefficients, x.ndim)
@@ -119,6 +127,13 @@ def mixed_forward(module: nn.Module, mixed: Mixed, scope: Scope, x: Tensor) -> T
     finally:
         module._parameters["weight"] = weight
     return out
+
+
+def embedding_scale(module: nn.Module) -> Tensor | float:
+    """What a table is multiplied with: Gemma's by the root of the width, rounded as it is there."""
+    scale: Tensor | float = getattr(module, "embed_scale", 1.0)
+    weight: Any = module.weight
+    return scale.to(weight.dtype) if isinstance(scale, Tensor) else scale
 
 
 def _linear(module: Any, mixed: Mixed, scope: Scope, x: Tensor) -> Tensor:

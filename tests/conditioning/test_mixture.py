@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from clp_lightning import Mixture, Preference, Pretrained, Sampling, TransformersEngine
 from clp_lightning.conditioning import Coefficients, Gate, rowwise
 from clp_lightning.conditioning.base import Scope
+from clp_lightning.conditioning.rowwise import embedding_scale, mixed_forward
 from clp_lightning.functional.grouped import grouped_linear
 from tests.helpers import PROMPTS, assert_alike, build_policy, prompt_batch
 
@@ -170,3 +173,17 @@ def test_sums_that_differ_in_bfloat16_s_last_places_are_not_alike() -> None:
         factors = torch.tensor([[0.95, 0.0], [0.45, other]])
         found = rowwise._common_sum(Scope(factors), factors, (0, 1), torch.bfloat16)
         assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scaled_table_is_scaled_as_the_model_scales_it(dtype: torch.dtype) -> None:
+    table = Gemma3TextScaledWordEmbedding(9, 8, 0, embed_scale=5.7).to(dtype)
+    scope = Scope(torch.tensor([[0.3, 0.7], [0.5, 0.5]]))
+    mixed = {"weight": ([torch.zeros(9, 8)] * 2, [0, 1])}
+    ids = torch.arange(2, 8).view(2, 3)
+    assert torch.equal(mixed_forward(table, mixed, scope, ids), table(ids))
+
+
+def test_scales_of_tables() -> None:
+    assert embedding_scale(nn.Embedding(3, 2)) == 1
+    assert embedding_scale(BartScaledWordEmbedding(3, 2, 0, embed_scale=4.0)) == 4
