@@ -318,7 +318,7 @@ def _zero_dropout(config: PreTrainedConfig) -> None:
         if isinstance(value, PreTrainedConfig):
             _zero_dropout(value)
         elif "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
-            setattr(config, name, 0.0)
+            setattr(config, name, type(value)(0))
 
 
 def _quantization(spec: Pretrained) -> Any:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, MptConfig
 
 from clp_lightning.pretrained import (
     Pretrained,
@@ -67,6 +67,13 @@ def test_no_dropout_is_left_in_train_mode(kind: str, tiny_folder: TinyFolder) ->
     torch.testing.assert_close(model(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
     plain = type(model).from_pretrained(folder).train()
     assert not torch.equal(plain(**inputs).logits, plain(**inputs).logits)  # there was some
+
+
+def test_a_rate_keeps_its_type(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "model.safetensors")
+    MptConfig().save_pretrained(tmp_path)  # has an integer for one
+    config = load_config(str(tmp_path))
+    assert config.attn_config.attn_pdrop == 0 and config.resid_pdrop == 0
 
 
 def test_dropout_of_a_nested_config_is_zeroed(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -278,7 +279,9 @@ def _inject(model: nn.Module, adapter: str, config: LoraConfig, folder: str | No
 def _refuse_nonlinear(name: str, layer: Layer) -> None:
     """Mixing outputs equals mixing parameters only for plain LoRA on linear layers."""
     why = ""
-    if not hasattr(layer, "lora_A") or not len(layer.lora_A):
+    if isinstance(layer, ParamWrapper):
+        why = "its experts are one parameter; name other layers in targets and shared_targets"
+    elif not hasattr(layer, "lora_A") or not len(layer.lora_A):
         why = "it is not a linear layer"
     elif layer.lora_variant:
         why = "DoRA and other variants are not linear in their parameters"

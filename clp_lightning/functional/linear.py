@@ -94,7 +94,11 @@ def _is_exact() -> bool:
 @contextmanager
 def _onednn() -> Iterator[None]:
     with _SWITCH:
-        before = torch.get_float32_matmul_precision()
+        try:
+            before = torch.get_float32_matmul_precision()
+        except RuntimeError:  # precisions were set by torch.backends, which does not go with this
+            yield
+            return
         torch.set_float32_matmul_precision("medium")
         try:
             yield

@@ -56,9 +56,14 @@ class InPieces(Readout):
     ) -> None:
         super().__init__(of_logits)
         self.head, self.positions, self.context_fn = head, positions, context_fn
+        self._dtype: torch.dtype
 
     def model_runs(self) -> AbstractContextManager[None]:
-        return forwards_replaced({self.head: lambda states: states})
+        return forwards_replaced({self.head: self._noted})
+
+    def _noted(self, states: Tensor) -> Tensor:
+        self._dtype = states.dtype  # some models go on in float32
+        return states
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
         # They are the states before the output layer, (B, t, d).
@@ -74,7 +79,7 @@ class InPieces(Readout):
         return read
 
     def _of_states(self, states: Tensor, tokens: Tensor) -> Tensor:
-        return self.of_logits(self.head(states), tokens)
+        return self.of_logits(self.head(states.to(self._dtype)), tokens)
 
 
 @torch.no_grad()

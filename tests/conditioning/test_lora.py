@@ -244,3 +244,8 @@ def test_what_lies_below_the_adapters_is_computed_once(tiny_folder: Callable[...
     folder = tiny_folder(num_hidden_layers=22)
     stem = build_policy(folder, LoRA(rank=2, last_blocks=7)).stem
     assert stem is not None and len(stem) == 15
+
+
+def test_experts_in_one_parameter_are_refused(tiny_folder: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match=r"experts are one parameter; name other layers"):
+        build_policy(tiny_folder("deepseek"))

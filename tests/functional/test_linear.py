@@ -139,3 +139,15 @@ def test_two_threads_leave_the_switch_as_it_was() -> None:
     leave.set()
     thread.join(20)
     assert inside.is_set() and torch.get_float32_matmul_precision() == before
+
+
+def test_precisions_that_were_set_in_the_new_way_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def mixed() -> str:
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(OWN, "_helps", lambda: True)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    x, weight = torch.randn(400, 64), torch.randn(96, 64)
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight))

@@ -12,9 +12,22 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing import spawn
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
-from clp_lightning import LoRA, Mixture, Policy, PromptText, Sampling, TransformersEngine
+from clp_lightning import (
+    LoRA,
+    Mixture,
+    Policy,
+    Pretrained,
+    PromptText,
+    Sampling,
+    TransformersEngine,
+)
 from clp_lightning.conditioning import Conditioner, Unconditioned
 from clp_lightning.policy import policy as policy_module
 from clp_lightning.policy.prefix import read_prompt
@@ -91,6 +104,25 @@ def test_pieces_change_nothing(
         assert (max(sizes) <= 2) == (many == 0)
     for pieces, whole in zip(*found, strict=True):
         torch.testing.assert_close(pieces, whole, atol=5e-5, rtol=1e-4)
+
+
+def test_a_model_that_goes_on_in_float32_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "initializer_range": 0.3}
+    config = MambaConfig(vocab_size=len(VOCABULARY), pad_token_id=PAD, eos_token_id=EOS, **sizes)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    base = Pretrained(str(tmp_path), dtype="bfloat16")
+    found = []
+    for many in (2**26, 0):
+        monkeypatch.setattr(policy_module, "_MANY_LOGITS", many)
+        lora = LoRA(rank=2, targets=["in_proj"], shared_rank=0)
+        policy = build_policy(base, lora, perturb=0.05)
+        found.append(read(policy, False, []))
+    assert policy._can_be_cut
+    for pieces, whole in zip(*found, strict=True):
+        torch.testing.assert_close(pieces, whole, atol=1e-2, rtol=1e-2)
 
 
 def test_a_policy_without_a_reference_is_cut_too(
