@@ -25,6 +25,7 @@ from ..pretrained import fingerprint
 from .checkpoint import WholeCheckpoints, warn_of_other_rewards
 from .checks import check_trainer
 from .diverged import check_gradients
+from .optimizers import fuse_on_cpu
 from .precision import check_quantised, exact_tensors_kept
 from .schedule import LRDecay, schedule
 from .sharding import device_only
@@ -84,6 +85,7 @@ class PolicyModule(Described, LightningModule):
         lr_scheduler: LRSchedulerCallable | None,
     ) -> None:
         super().__init__()
+        warnings.filterwarnings("ignore", message=r"Found \d+ module.* in eval mode")  # on purpose
         if not isinstance(policy.conditioner, Conditioner):
             raise ValueError(
                 f"conditioner is {policy.conditioner!r}; give a Conditioner, such as LoRA()."
@@ -172,7 +174,7 @@ class PolicyModule(Described, LightningModule):
                 "rest='train', or LoRA's shared_rank above 0."
             )
         groups += self.further_groups()
-        optimizer = self.optimizer(groups)
+        optimizer = fuse_on_cpu(self.optimizer(groups))
         schedulers: list[LRScheduler] = []
         if self.warmup_steps or self.lr_decay != "none":
             steps = self.trainer.estimated_stepping_batches

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
-__all__ = ["MuonAdamW"]
+__all__ = ["MuonAdamW", "fuse_on_cpu"]
 
 
 class MuonAdamW(Optimizer):
@@ -82,3 +82,18 @@ def _narrow(groups: list[dict[str, Any]], chosen: Callable[[Tensor], bool]) -> l
     """The groups with the chosen parameters only; those that hold none are left out."""
     narrowed = [{**group, "params": [p for p in group["params"] if chosen(p)]} for group in groups]
     return [group for group in narrowed if group["params"]]
+
+
+def fuse_on_cpu(optimizer: Optimizer) -> Optimizer:
+    """Lets AdamW step by torch's fused kernel where the parameters are on the CPU.
+
+    Torch's choice there is a loop over tensors with several passes over each. Only where the user
+    left the choice open.
+    """
+    if type(optimizer) is AdamW:
+        for group in optimizer.param_groups:
+            plain = all(type(p) is nn.Parameter and p.device.type == "cpu" for p in group["params"])
+            if plain and group["fused"] is None and group["foreach"] is None:
+                # In the group, not in the constructor, after which Lightning refuses to clip.
+                group["fused"] = True
+    return optimizer

@@ -14,6 +14,7 @@ from torch import Tensor
 from clp_lightning import (
     AnnealedAlpha,
     CLPCallback,
+    CLPModule,
     Critic,
     Fixed,
     FixedAlpha,
@@ -203,6 +204,24 @@ def test_idle_copies_rest(base: Pretrained, tmp_path: Path) -> None:
 
 
 # -- the Trainer's own features ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_train_mode_is_for_checkpoints_only(
+    base: Pretrained, tmp_path: Path, checkpointing: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Routers of experts are noisy in it, and some decoders keep no cache."""
+
+    class Look(CLPModule):
+        def measure(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+            modes.append(self.policy.model.training)
+            return super().measure(rollout)
+
+    modes: list[bool] = []
+    module = make_module(base, Look, gradient_checkpointing=checkpointing)
+    make_trainer(tmp_path, CLPCallback(), max_steps=2).fit(module, make_data(tmp_path))
+    assert modes and set(modes) == {checkpointing}
+    assert not any("eval mode" in str(warning.message) for warning in recwarn)
 
 
 def test_clipping(base: Pretrained, tmp_path: Path) -> None:

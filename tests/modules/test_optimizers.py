@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon
 
 from clp_lightning import MuonAdamW
+from clp_lightning.modules.optimizers import fuse_on_cpu
 
 
 def network() -> nn.Sequential:
@@ -114,3 +115,20 @@ def test_what_it_would_ignore_is_refused() -> None:
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
     with pytest.raises(ValueError, match="[Ll]earning rate"):
         MuonAdamW(network().parameters(), lr=-1.0)
+
+
+def test_adamw_is_fused_where_the_choice_was_open() -> None:
+    ours, torchs = network(), network()
+    fused = fuse_on_cpu(AdamW(ours.parameters(), lr=0.1))
+    plain = AdamW(torchs.parameters(), lr=0.1)
+    for step in range(3):
+        for model, optimizer in ((ours, fused), (torchs, plain)):
+            backward(model, step)
+            optimizer.step()
+    assert fused.param_groups[0]["fused"] and not plain.param_groups[0]["fused"]
+    for mine, theirs in zip(ours.parameters(), torchs.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    # What Lightning reads as "unscales gradients itself", whereupon it refuses to clip.
+    assert not getattr(fused, "_step_supports_amp_scaling", False)
+    chosen = fuse_on_cpu(AdamW(network().parameters(), foreach=True))
+    assert not chosen.param_groups[0]["fused"]
