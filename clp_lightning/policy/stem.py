@@ -212,11 +212,12 @@ class Recording:
         """Prompts, shape (P, L), have been read; response b is to ``rows[b]``."""
         if self._stem is None:
             return
-        read = self._seen.pop() if self._seen else None  # the last forward is that of all prompts
+        # The last forward of so many is that of all prompts. Several voices have more, blocks can
+        # be replaced, and a model may have been asked something of a few tokens since.
+        fitting = [states for states in self._seen if states.shape[:2] == ids.shape]
         self._seen.clear()
-        # Several voices have more prompts; blocks can be replaced.
-        fits = read is not None and read.shape[:2] == ids.shape
-        if read is None or not fits or not worth_keeping(self._numbers, read.shape[-1]):
+        read = fitting[-1] if fitting else None
+        if read is None or not worth_keeping(self._numbers, read.shape[-1]):
             self.__exit__()
             self._stem = None
             return

@@ -126,6 +126,17 @@ def test_models_that_would_say_something_else_do_not_share_of_themselves(
         sampled(policy, True)
 
 
+def test_the_question_is_no_prompt_that_a_stem_was_seen_to_read(
+    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(branches, "_LONG", 2)
+    policy = build_policy(tiny_folder("llama"), LoRA(rank=2, last_blocks=1, shared_rank=0))
+    first, second = sampled(policy, None), sampled(policy, None)
+    assert policy.model in branches._SAME
+    assert first.stem is not None and second.stem is not None
+    assert all(a.prompt.equal(b.prompt) for a, b in zip(first.stem, second.stem, strict=True))
+
+
 def test_what_a_model_says_decides_and_not_that_it_says_something(
     tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
