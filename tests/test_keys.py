@@ -46,12 +46,13 @@ def test_a_config_with_a_repeated_key_is_refused(
 ) -> None:
     config = tmp_path / "config.yaml"
     text = Path("configs/exact/full.yaml").read_text()
+    line = text[: text.index("  max_steps: 2000\n")].count("\n") + 1
     config.write_text(text.replace("  max_steps: 2000\n", "  max_steps: 2000\n  max_steps: 20\n"))
     with pytest.raises(SystemExit) as exit_:
         main(["fit", "--config", str(config)])
     assert exit_.value.code == 2
     error = capsys.readouterr().err
-    assert "trainer.max_steps stands twice, in lines 8 and 9; remove one" in error
+    assert f"trainer.max_steps stands twice, in lines {line} and {line + 1}; remove one" in error
     assert "Traceback" not in error and len(error.splitlines()) <= 4
 
 
