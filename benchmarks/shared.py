@@ -23,12 +23,14 @@ def run_command(arguments: list[str], log: Path) -> bool:
 
 
 def machine() -> str:
-    """Number of cores and their model."""
+    """Number of cores and their model; with AMX bfloat16 is another world."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        text = info.read_text()
+        models = [line for line in text.splitlines() if line.startswith("model name")]
         name = models[0].split(":")[1].strip() if models else name
+        name += " with AMX" if "amx_tile" in text else ""
     return f"{os.cpu_count()} cores of {name}"
 
 
