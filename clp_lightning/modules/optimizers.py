@@ -92,7 +92,11 @@ def fuse_on_cpu(optimizer: Optimizer) -> Optimizer:
     """
     if type(optimizer) is AdamW:
         for group in optimizer.param_groups:
-            plain = all(type(p) is nn.Parameter and p.device.type == "cpu" for p in group["params"])
+            # The kernel takes no account of gaps between a tensor's numbers.
+            plain = all(
+                type(p) is nn.Parameter and p.device.type == "cpu" and p.is_contiguous()
+                for p in group["params"]
+            )
             if plain and group["fused"] is None and group["foreach"] is None:
                 # In the group, not in the constructor, after which Lightning refuses to clip.
                 group["fused"] = True

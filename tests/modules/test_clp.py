@@ -221,6 +221,8 @@ def test_train_mode_is_for_checkpoints_only(
     module = make_module(base, Look, gradient_checkpointing=checkpointing)
     make_trainer(tmp_path, CLPCallback(), max_steps=2).fit(module, make_data(tmp_path))
     assert modes and set(modes) == {checkpointing}
+    module.train()
+    assert module.policy.model.training is checkpointing
     assert not any("eval mode" in str(warning.message) for warning in recwarn)
 
 

@@ -132,3 +132,5 @@ def test_adamw_is_fused_where_the_choice_was_open() -> None:
     assert not getattr(fused, "_step_supports_amp_scaling", False)
     chosen = fuse_on_cpu(AdamW(network().parameters(), foreach=True))
     assert not chosen.param_groups[0]["fused"]
+    gaps = fuse_on_cpu(AdamW([nn.Parameter(torch.zeros(6, 8)[:, :4])]))
+    assert not gaps.param_groups[0]["fused"]
