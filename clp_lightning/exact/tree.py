@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,8 @@ def walk(policy: Policy, task: ExactTask, preference: Preference | None) -> Tens
         Shape (X, N, V), on the policy's device: N prefixes, the empty one first, then those of
         one token, and so on, in lexicographic order.
     """
-    asked, scope = None, policy.reference()
+    asked: Preference | None = None
+    scope: AbstractContextManager[None] = policy.reference()
     if preference is not None:
         preference = preference.to(policy.model.device)
         asked, scope = (

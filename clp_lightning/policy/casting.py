@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from ..conditioning import Conditioner
+
 __all__ = ["attention_alike", "in_half_precision", "weights_cast"]
 
 
@@ -19,15 +21,20 @@ def in_half_precision(model: PreTrainedModel) -> bool:
     return model.dtype.itemsize < 4 or (device != "meta" and torch.is_autocast_enabled(device))
 
 
-def attention_alike(model: PreTrainedModel) -> AbstractContextManager[None]:
+def attention_alike(
+    model: PreTrainedModel, conditioner: Conditioner
+) -> AbstractContextManager[None]:
     """Within it attention rounds alike with gradients and without.
 
     On the CPU torch's fused kernel has no gradient for a bias of positions that is trained (T5's),
     so that with one another kernel is taken, and an untrained policy would not be the reference.
     Not with checkpoints, which are computed again behind the block.
     """
-    biased = model.config.is_encoder_decoder and model.device.type == "cpu"
-    if model.is_activation_checkpointing or not (biased and in_half_precision(model)):
+    encodes = model.config.is_encoder_decoder and model.device.type == "cpu"
+    if model.is_activation_checkpointing or not (encodes and in_half_precision(model)):
+        return nullcontext()
+    biases = {m for name, m in model.named_modules() if name.endswith("relative_attention_bias")}
+    if biases.isdisjoint(biases if (c := conditioner.changed_layers()) is None else c):
         return nullcontext()
     alike: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
     return alike

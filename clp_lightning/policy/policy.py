@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -115,9 +115,11 @@ class Policy(nn.Module):
             self.model.activation_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": self.conditioner.checkpoint_context}
             )
-        # Transformers checkpoints activations in train mode only, in which some routers are noisy
-        # and some decoders keep no cache.
-        self.train(self.gradient_checkpointing)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """For checkpoints only: in train mode some routers are noisy, some decoders cacheless."""
+        return super().train(mode and self.gradient_checkpointing)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Splits the weights over the devices of ``mesh`` (FSDP2); a second call does nothing.
@@ -153,11 +155,9 @@ class Policy(nn.Module):
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, self._mesh.get_group())
         return int(most)
 
-    @contextmanager
-    def conditioned(self, preference: Preference) -> Iterator[None]:
+    def conditioned(self, preference: Preference) -> AbstractContextManager[None]:
         """Answer for ``preference``, one row per row of the batch, with the weights as they are."""
-        with self._answer_for(preference):
-            yield
+        return self._answer_for(preference)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -293,7 +293,7 @@ class Policy(nn.Module):
         score = partial(score_shared, given=given) if share else score_full
         parts = self._bundles(rollout, mask, share, cut and self.cut_by_length)
         readout = self._readout(rollout, of_logits)
-        with self.eval_mode(unless=with_gradient), attention_alike(self.model):
+        with self.eval_mode(unless=with_gradient), attention_alike(self.model, self.conditioner):
             return score(
                 self.model, ids, mask, rollout.response_ids, groups, parts, self.rows, readout
             )
@@ -332,7 +332,7 @@ class Policy(nn.Module):
     @contextmanager
     def eval_mode(self, unless: bool = False) -> Iterator[None]:
         """The model in eval mode, where Transformers keeps its caches, inside the block."""
-        switch = self.gradient_checkpointing and self.training and not unless
+        switch = self.training and not unless
         if switch:
             self.model.eval()
         try:

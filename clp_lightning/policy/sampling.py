@@ -68,7 +68,7 @@ def truncate_logits(logits: Tensor, *, top_p: float, top_k: int) -> Tensor:
         logits = logits.masked_fill(logits < worst_kept, -torch.inf)
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(-1)
+        probabilities = ordered.double().softmax(-1)
         outside = probabilities.cumsum(-1) - probabilities >= top_p
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
     return logits

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from clp_lightning import LoRA, Policy, Rollout, Sampling, TransformersEngine
+from clp_lightning import LoRA, Policy, Pretrained, Rollout, Sampling, TransformersEngine
 from clp_lightning.policy import branches
 from clp_lightning.policy.branches import Branches
 from tests.helpers import PROMPTS, build_policy, prompt_batch
@@ -137,14 +137,30 @@ def test_the_question_is_no_prompt_that_a_stem_was_seen_to_read(
     assert all(a.prompt.equal(b.prompt) for a, b in zip(first.stem, second.stem, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "factor", "same"),
+    [
+        ("float32", 1.0, True),
+        ("float32", 1.01, False),
+        ("bfloat16", 1.0, True),
+        ("bfloat16", 1.5, False),
+    ],
+)
 def test_what_a_model_says_decides_and_not_that_it_says_something(
-    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    factor: float,
+    same: bool,
 ) -> None:
     monkeypatch.setattr(branches, "_LONG", 2)
     right = Branches.attend
-    monkeypatch.setattr(Branches, "attend", lambda self, *args: right(self, *args) * 1.01)
-    policy = build_policy(tiny_folder("llama"), perturb=0.05)
-    assert torch.equal(sampled(policy, None).logp, sampled(policy, False).logp)
+    monkeypatch.setattr(Branches, "attend", lambda self, *args: right(self, *args) * factor)
+    base = Pretrained(str(tiny_folder("llama", initializer_range=0.3)), dtype=dtype)
+    policy = build_policy(base, perturb=0.05)
+    shared, apart = sampled(policy, None), sampled(policy, False)
+    assert branches._SAME[policy.model] is same
+    assert same or torch.equal(shared.response_ids, apart.response_ids)
 
 
 def test_attention_that_does_not_see_the_prompts_is_refused(

@@ -52,6 +52,8 @@ def test_unlikely_tokens_of_a_large_vocabulary_are_drawn() -> None:
     tokens, _ = sample_tokens(logits, uniform, Sampling())
     assert tokens.diff().tolist() == [1] * 99
     assert abs(tokens[0] - 50_000) < 20  # the likely token's probability is rounded, too
+    kept = truncate_logits(logits[:1], top_p=0.9999, top_k=0).isfinite().sum()
+    assert abs(kept - 90_001) < 20
 
 
 @pytest.mark.parametrize(("prompts", "n"), [([], 2), (["a"], 0)])
