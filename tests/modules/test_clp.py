@@ -210,8 +210,6 @@ def test_idle_copies_rest(base: Pretrained, tmp_path: Path) -> None:
 def test_train_mode_is_for_checkpoints_only(
     base: Pretrained, tmp_path: Path, checkpointing: bool, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """Routers of experts are noisy in it, and some decoders keep no cache."""
-
     class Look(CLPModule):
         def measure(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
             modes.append(self.policy.model.training)
