@@ -63,6 +63,7 @@ _LLAMA: dict[str, Any] = {
     "initializer_range": 0.3,
     "tie_word_embeddings": False,
 }
+_WITHOUT_HEAD_DIM = {name: value for name, value in _LLAMA.items() if name != "head_dim"}
 _T5: dict[str, Any] = {
     "d_model": 32,
     "d_kv": 8,
@@ -103,7 +104,7 @@ _KINDS: dict[str, tuple[type[PreTrainedModel], type[PreTrainedConfig], dict[str,
     "deepseek": (
         DeepseekV3ForCausalLM,
         DeepseekV3Config,
-        {name: value for name, value in _LLAMA.items() if name != "head_dim"}
+        _WITHOUT_HEAD_DIM
         | {
             "num_key_value_heads": 4,
             "n_routed_experts": 4,
@@ -122,8 +123,7 @@ _KINDS: dict[str, tuple[type[PreTrainedModel], type[PreTrainedConfig], dict[str,
     "lfm2": (
         Lfm2ForCausalLM,
         Lfm2Config,
-        {name: value for name, value in _LLAMA.items() if name != "head_dim"}
-        | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+        _WITHOUT_HEAD_DIM | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
     ),
     "qwen3_5": (
         Qwen3_5ForCausalLM,

@@ -200,7 +200,7 @@ def _attend(
     for name in ("attention_mask", "position_bias", "softcap", "s_aux"):
         if options.get(name) is not None:
             raise ValueError(
-                f"{type(module).__name__} has attention with a {name}, with which responses cannot "
+                f"{type(module).__name__} has attention with {name}, with which responses cannot "
                 "share a prompt's keys and values: set policy.share_prompts = False."
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
